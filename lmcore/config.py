@@ -1,0 +1,319 @@
+"""Configuration as data: frozen pydantic models, YAML 1.2 scalars, overrides, and errors that name file, line and key.
+
+Precedence: defaults in the model < preset or YAML file < `--set a.b=c` < flags. Every layer is a plain nested dict until
+`build` turns the merged dict into a frozen model; so there is one place where a value is checked.
+
+PyYAML follows YAML 1.1, where `1e-3` is text, `off` is a boolean and `010` is eight. The loader here resolves scalars as
+YAML 1.2 does, refuses a key that appears twice, and can build no Python object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from lmcore.errors import Exit, LmError, from_os_error
+
+
+class Config(BaseModel):
+    """Base of every configuration section: frozen, unknown keys refused, no NaN, help text from docstrings."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, data: Any) -> Any:
+        """Lax validation would read `lr: true` as 1.0."""
+        if isinstance(data, Mapping):
+            for key, value in data.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field is not None and not _accepts_bool(field.annotation):
+                    raise ValueError(f"{key}: a boolean is not accepted here (got {str(value).lower()})")
+        return data
+
+
+def _accepts_bool(annotation: Any) -> bool:
+    if annotation is bool or annotation is Any:
+        return True
+    return any(_accepts_bool(argument) for argument in get_args(annotation))
+
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)", re.IGNORECASE)
+
+
+def parse_count(value: Any) -> Any:
+    """'10B' -> 10_000_000_000, '1.5M' -> 1_500_000, '32k' -> 32_000. Other values pass through unchanged."""
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip())):
+        number = float(match[1].replace("_", "")) * _SUFFIXES.get(match[2].lower(), 1)
+        if number != int(number):
+            raise ValueError(f"{value!r} is not a whole number")
+        return int(number)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A whole number that may be written with a suffix: 10B, 1.5M, 32k (powers of ten)."""
+
+SYNONYMS: dict[str, str] = {
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "batch": "batch_tokens",
+    "block_size": "context_length",
+    "seq_len": "context_length",
+    "max_seq_len": "context_length",
+    "max_seq_length": "context_length",
+    "n_layer": "num_layers",
+    "n_layers": "num_layers",
+    "num_hidden_layers": "num_layers",
+    "n_head": "num_heads",
+    "n_heads": "num_heads",
+    "num_attention_heads": "num_heads",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+    "model_dim": "d_model",
+    "intermediate_size": "d_ff",
+    "n_experts": "num_experts",
+    "moe_top_k": "top_k",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "total_tokens": "tokens",
+    "warmup_iters": "warmup_steps",
+    "eval_interval": "every_steps",
+    "save_total_limit": "keep",
+}
+"""What people of other trainers type -> our leaf name; used only to suggest, never to accept silently."""
+
+C = TypeVar("C", bound=BaseModel)
+
+
+# ---------------------------------------------------------------------------------------- YAML 1.2
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2 and unique keys."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which the loader above would read as something else."""
+
+
+_NUMBERS = [
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        "-+0123456789.",
+    ),
+]
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _NUMBERS:
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+    text = str(loader.construct_scalar(node)).replace("_", "").lower()
+    if text.lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    number = float(text)
+    return int(number) if "e" in text and "." not in text and number.is_integer() and "-" not in text else number
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""))  # 010 is ten, as in YAML 1.2
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key}' appears twice (lines {seen[key]} and {line})", key_node.start_mark
+            )
+        seen[key] = line
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value
+    }
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML text; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark is not None else source
+        raise LmError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise LmError(f"{source}: not valid YAML ({error}).") from error
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text that `parse_yaml` and any YAML 1.2 parser read back as the same value."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping (an empty file is an empty mapping)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise from_os_error(error, path, "read") from error
+    except UnicodeDecodeError as error:
+        raise LmError(f"{path}: not UTF-8 text.") from error
+    value = parse_yaml(text, str(path))
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise LmError(f"{path}: a mapping of settings is expected, not a {type(value).__name__}.")
+    return value
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings, later ones win; an empty section (None) changes nothing."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping):
+                below = result.get(key)
+                result[key] = merge(below if isinstance(below, Mapping) else {}, value)
+            elif not (value is None and isinstance(result.get(key), dict)):
+                result[key] = value
+    return result
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """['optim.lr=3e-4', 'train.steps=10'] -> nested dict; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip()
+        if not equals or not key or not all(key.split(".")):
+            raise LmError(f"--set {assignment}: expected KEY=VALUE, such as --set optim.lr=3e-4.")
+        nested: Any = parse_yaml(text, f"--set {key}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def build(model: type[C], data: Mapping[str, Any], *, source: str | None = None) -> C:
+    """Validate a merged dict into a frozen model. All errors are reported at once, with lines when `source` is a file."""
+    cleaned = _drop_empty_sections(model, data)
+    try:
+        return model.model_validate(cleaned)
+    except ValidationError as error:
+        lines = _line_numbers(source) if source and Path(source).is_file() else {}
+        sentences = []
+        for item in error.errors():
+            location = tuple(str(part) for part in item["loc"])
+            line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+            prefix = f"{source}:{line}: " if line else (f"{source}: " if source else "")
+            sentences.append(prefix + _sentence(model, location, item))
+        raise LmError("\n".join(sentences), code=Exit.USAGE) from None
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted setting names of a config model, in order."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _section(field.annotation)
+        names.extend(leaves(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"])
+    return names
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _drop_empty_sections(model: type[BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`optim:` without content arrives as None and means an empty section, unless the field itself accepts None."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        field = model.model_fields.get(key)
+        inner = _section(field.annotation) if field else None
+        if inner is not None and value is None and field is not None and type(None) not in get_args(field.annotation):
+            value = {}
+        result[key] = _drop_empty_sections(inner, value) if inner and isinstance(value, Mapping) else value
+    return result
+
+
+def _sentence(model: type[BaseModel], location: tuple[str, ...], item: Mapping[str, Any]) -> str:
+    name = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{name} is not a setting.{_suggest(model, name)}"
+    if item["type"] == "missing":
+        return f"{name} is missing."
+    message = str(item["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:1].isupper() and message[1:2].islower() else message
+    value = item.get("input")
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
+    return f"{name + ': ' if name else ''}{message}{shown}."
+
+
+def _suggest(model: type[BaseModel], name: str) -> str:
+    names = leaves(model)
+    section, _, leaf = name.rpartition(".")
+    by_leaf: dict[str, list[str]] = {}
+    for known in names:
+        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
+    siblings = [n for n in names if n.rpartition(".")[0] == section]
+    candidates = (
+        by_leaf.get(leaf)
+        or by_leaf.get(SYNONYMS.get(leaf, ""))
+        or difflib.get_close_matches(name, siblings, 1, 0.6)
+        or difflib.get_close_matches(name, names, 1, 0.6)
+        or by_leaf.get(next(iter(difflib.get_close_matches(leaf, by_leaf, 1, 0.7)), ""))
+        or difflib.get_close_matches(name, list(model.model_fields), 1, 0.6)
+    )
+    return f" Did you mean {candidates[0]}?" if candidates else ""
+
+
+def _line_numbers(path: str) -> dict[tuple[str, ...], int]:
+    """(key path) -> line in the YAML file."""
+    result: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, prefix: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                result[(*prefix, key.value)] = key.start_mark.line + 1
+                walk(value, (*prefix, key.value))
+
+    try:
+        walk(yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader), ())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return result

@@ -1,0 +1,1 @@
+"""Text to verified token shards, and from shards to batches."""

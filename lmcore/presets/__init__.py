@@ -1,0 +1,1 @@
+"""Run configurations as YAML files; `lm train --list-presets` shows them."""

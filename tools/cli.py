@@ -1,0 +1,91 @@
+"""The Typer app and the outermost boundary: arguments in, exit code out.
+
+`main` is the entry point of `lm`, of `python -m lmcore` and of `torchrun -m lmcore`. Typer prints usage errors itself
+(exit 2); here LmError becomes one sentence and its exit code, and everything else is a bug of ours (exit 1, traceback
+with --debug).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lmcore.errors import Exit, LmError
+
+from . import evaluate, generate, split, tokenize, train, ui, validate
+
+app = typer.Typer(
+    name="lm",
+    help="Pretrain language models from verified token shards.",
+    epilog="Start here: lm tokenize --dataset stdlib, then lm split shards/stdlib, then lm train. "
+    "Each command explains itself with --help.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+        from pathlib import Path
+
+        import lmcore
+
+        try:
+            number = version("lmshards")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        typer.echo(f"lmshards {number} from {Path(lmcore.__file__).parent}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None: ...
+
+
+DATA, MODEL = "Data", "Model"
+for _name, _command, _panel in [
+    ("tokenize", tokenize.command, DATA),
+    ("validate", validate.command, DATA),
+    ("split", split.command, DATA),
+    ("train", train.command, MODEL),
+    ("eval", evaluate.command, MODEL),
+    ("generate", generate.command, MODEL),
+]:
+    app.command(_name, rich_help_panel=_panel)(_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `lm` and leave with an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # Written anywhere on the line, --debug means the same.
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        app(arguments, prog_name="lm")
+    except LmError as error:
+        if debug:
+            raise
+        ui.print_error(error.message, error.hint)
+        sys.exit(int(error.code))
+    except BrokenPipeError:
+        ui.leave_quietly_on_closed_pipe()
+    except KeyboardInterrupt:
+        sys.exit(int(Exit.SIGINT))
+    except Exception as error:
+        if debug:
+            raise
+        ui.print_error(
+            f"{type(error).__name__}: {error}",
+            "This is a bug of lmshards: run the command again with --debug and report what it prints.",
+        )
+        sys.exit(int(Exit.BUG))
