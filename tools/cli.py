@@ -7,6 +7,7 @@ with --debug).
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Annotated
 
@@ -14,7 +15,7 @@ import typer
 
 from lmcore.errors import Exit, LmError
 
-from . import evaluate, generate, split, tokenize, train, ui, validate
+from . import ui
 
 app = typer.Typer(
     name="lm",
@@ -52,16 +53,36 @@ def _options(
 ) -> None: ...
 
 
-DATA, MODEL = "Data", "Model"
-for _name, _command, _panel in [
-    ("tokenize", tokenize.command, DATA),
-    ("validate", validate.command, DATA),
-    ("split", split.command, DATA),
-    ("train", train.command, MODEL),
-    ("eval", evaluate.command, MODEL),
-    ("generate", generate.command, MODEL),
-]:
-    app.command(_name, rich_help_panel=_panel)(_command)
+_COMMANDS = {
+    "Data": {
+        "tokenize": "tokenize",
+        "validate": "validate",
+        "split": "split",
+        "inspect": "inspect",
+        "import": "adopt",  # `import` is a keyword: no module can have this name
+        "merge": "merge",
+    },
+    "Model": {
+        "plan": "plan",
+        "train": "train",
+        "eval": "evaluate",
+        "generate": "generate",
+        "plot": "plot",
+        "compare": "compare",
+        "export": "export",
+        "import-model": "import_model",
+        "info": "info",
+    },
+}
+"""Panel of `lm --help` -> command -> module of this package, whose `command` function it is."""
+
+for _panel, _modules in _COMMANDS.items():
+    for _name, _module in _modules.items():
+        try:  # while parts are still being built
+            _found = importlib.import_module(f".{_module}", __package__)
+        except ModuleNotFoundError:
+            continue
+        app.command(_name, rich_help_panel=_panel)(_found.command)
 
 
 def main(arguments: list[str] | None = None) -> None:
