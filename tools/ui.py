@@ -59,6 +59,12 @@ def emit(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def emit_piece(text: str) -> None:
+    """Print a piece of a line of data at once: text that streams."""
+    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def say(text: str) -> None:
     """Print a line of talk on stderr."""
     sys.stderr.write(plain(text) + "\n")
