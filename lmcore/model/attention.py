@@ -203,4 +203,5 @@ class Attention(nn.Module):
         scores = (q @ k.mT).to(wide(q.dtype)) * self.head_dim**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
+        y: Tensor = scores.softmax(-1).to(v.dtype) @ v
+        return y.flatten(1, 2)[:, :, None]
