@@ -28,7 +28,7 @@ class Exit(enum.IntEnum):
 
 
 class LmError(Exception):
-    """An error that a user can cause and can mend.
+    """An error that a user can cause and can mend. It survives pickling, so that worker processes can raise it.
 
     message: one sentence: what is wrong, where (path, line, key), the value and the limit.
     hint: what to do next, often a command to copy; empty when the message says it all.
@@ -45,16 +45,36 @@ class LmError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
-_CANNOT_CREATE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the allowed file size (see: ulimit -f)",
+}
+_CANNOT_CREATE = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
-def from_os_error(error: OSError, path: str | os.PathLike[str], doing: str) -> LmError:
-    """Turn an operating-system error into one sentence. `doing` is a verb phrase such as "write" or "read"."""
-    name = os.fspath(path)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def from_os_error(error: OSError, path: str | bytes | os.PathLike[str], doing: str, *, detail: str = "") -> LmError:
+    """Turn an operating-system error into one sentence.
+
+    doing: a verb phrase such as "write" or "read"; reading never gives exit code 73.
+    detail: figures for the sentence about a full disk, such as "3.1 GiB needed, 0.4 GiB free".
+    """
+    name = os.fsdecode(path)
+    if error.errno in _FULL:
         return LmError(
-            f"{name}: the disk is full ({error.strerror}).",
-            hint="Free some space and run the same command again; everything committed so far is kept.",
+            f"{name}: {_FULL[error.errno]}{f' ({detail})' if detail else ''}.",
+            hint="Make room and run the same command again; everything committed so far is kept.",
             code=Exit.IO,
         )
     if doing == "read" and error.errno == errno.ENOENT:
