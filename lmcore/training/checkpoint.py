@@ -106,7 +106,7 @@ def save(checkpoints: str | os.PathLike[str], snapshot: Snapshot) -> Path:
             return final
         except LmError:
             pass
-    with storage.commit_directory(final) as folder:
+    with storage.commit_directory(final, replace=True) as folder:
         files: dict[str, storage.FileDigest] = {}
         for name, part in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
             chunks, size = tensors.tensor_chunks(part)
