@@ -49,20 +49,25 @@ def plain(text: str) -> str:
 
 def emit_json(document: Any) -> None:
     """Print the one JSON document of a `--json` command."""
-    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-    sys.stdout.flush()
+    _write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
 def emit(text: str = "") -> None:
     """Print a line of data on stdout."""
-    sys.stdout.write((plain(text) if sys.stdout.isatty() else text) + "\n")
-    sys.stdout.flush()
+    _write((plain(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def emit_piece(text: str) -> None:
     """Print a piece of a line of data at once: text that streams."""
-    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    _write(plain(text) if sys.stdout.isatty() else text)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # here and not in `main`: Typer would make an exit status of 1 of it
+        leave_quietly_on_closed_pipe()
 
 
 def say(text: str) -> None:

@@ -1,1 +1,1 @@
-"""What a trained model is good for: evaluation, generation, export."""
+"""From a trained model to results: evaluation, text, and models in the formats of others."""

@@ -1,0 +1,354 @@
+"""`lm generate`: let a trained model continue text. The work is in lmcore/inference/generate.py."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import ui
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcore.inference.generate import Completion, Overflow
+    from lmcore.inference.sampling import SamplingConfig
+    from lmcore.training.checkpoint import LoadedModel
+
+PROMPT, SAMPLING, RUN, OUTPUT = "Prompt", "Sampling", "Model and speed", "Output"
+
+
+class OverflowChoice(enum.StrEnum):
+    """What happens at the end of the context that the model was trained with."""
+
+    slide = "slide"
+    stop = "stop"
+    extend = "extend"
+
+
+class Precision(enum.StrEnum):
+    """Number format of the weights."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def command(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Text to continue; may be given several times.", rich_help_panel=PROMPT),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="File with a prompt (- is stdin). A .jsonl file has one per line: text, or an object with 'prompt'.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", "-i", help="Ask for prompts, line by line.", rich_help_panel=PROMPT),
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Tokens per text at most.", rich_help_panel=SAMPLING)
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", "-t", min=0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING),
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 = all.", rich_help_panel=SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Draw from the fewest tokens that reach this sum.", rich_help_panel=SAMPLING),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Drop tokens less likely than this fraction of the likeliest.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages tokens already used.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends a sample; may be given several times.", rich_help_panel=SAMPLING),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="Texts per prompt.", rich_help_panel=SAMPLING)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.", rich_help_panel=SAMPLING)] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="Run or checkpoint; default: the run that was trained last.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(envvar="LM_RUNS", help="Where runs are looked for.", rich_help_panel=RUN)
+    ] = Path("runs"),
+    overflow: Annotated[
+        OverflowChoice,
+        typer.Option(
+            help="At the end of the trained context: slide to its last half, stop there, or extend beyond it.",
+            rich_help_panel=RUN,
+        ),
+    ] = OverflowChoice.slide,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that decode together.", rich_help_panel=RUN)] = 16,
+    device: Annotated[
+        str, typer.Option(envvar="LM_DEVICE", help="auto, cpu, cuda or mps.", rich_help_panel=RUN)
+    ] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="auto = fp32 on a CPU, bf16 on a GPU.", rich_help_panel=RUN)
+    ] = Precision.auto,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="With --json: log-probability of each token and of this many alternatives.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    echo: Annotated[bool, typer.Option(help="Show the prompt before its text.", rich_help_panel=OUTPUT)] = True,
+    json: ui.Json = False,
+    quiet: ui.Quiet = False,
+) -> None:
+    """Let a trained model continue text.
+
+    Text appears as it arises. The same seed gives the same text, whatever else is generated with it.
+
+    Examples:
+
+        lm generate --prompt 'def fibonacci('
+
+        lm generate -p 'import os' -p 'class Tree' -n 3 --temperature 1 --top-p 0.95 --json
+
+        cat notes.txt | lm generate --file - --max-tokens 100 --stop '.'
+
+        lm generate --interactive --checkpoint runs/nano
+    """
+    import sys
+
+    from lmcore.inference.sampling import SamplingConfig
+    from lmcore.training import checkpoint as checkpoints
+
+    config = _build(
+        SamplingConfig,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        samples=samples,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    prompts = _prompts(prompt or [], file or [])
+    ask = interactive or (not prompts and sys.stdin.isatty())
+    if not prompts and not ask:
+        prompts = [_without_last_newline(_read("-"))]
+    path = checkpoint or checkpoints.find_run(runs)
+    loaded = _load(path, device, precision, quiet)
+    if ask:
+        _interact(loaded, config, overflow.value, echo)
+    elif json:
+        _as_json(loaded, prompts, config, overflow.value, batch, quiet)
+    elif len(prompts) * samples == 1:
+        _stream(loaded, prompts[0], config, overflow.value, echo)
+    else:
+        _in_turn(loaded, prompts, config, overflow.value, batch, echo, quiet)
+
+
+# ---------------------------------------------------------------------------------------- prompts and model
+
+
+def _prompts(given: Sequence[str], files: Sequence[str]) -> list[str]:
+    """All prompts, those of --prompt first."""
+    import json
+
+    from lmcore.errors import Exit, LmError
+
+    prompts = list(given)
+    for name in files:
+        text = _read(name)
+        if not name.endswith(".jsonl"):
+            prompts.append(_without_last_newline(text))
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise LmError(f"{name}:{number}: not valid JSON ({error}).", code=Exit.DATA) from error
+            value = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(value, str):
+                raise LmError(f"{name}:{number}: expected a text or an object with 'prompt'.", code=Exit.DATA)
+            prompts.append(value)
+    return prompts
+
+
+def _read(name: str) -> str:
+    import sys
+
+    from lmcore.errors import Exit, LmError, from_os_error
+
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LmError(f"{name}: not UTF-8 text (byte {error.start}).", code=Exit.DATA) from error
+    except OSError as error:
+        raise from_os_error(error, name, "read") from error
+
+
+def _without_last_newline(text: str) -> str:
+    """What `echo` and editors add to the end is not part of the prompt."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _build(model: type[SamplingConfig], **values: Any) -> SamplingConfig:
+    from lmcore.config import build
+
+    return build(model, values)
+
+
+def _load(path: Path, device: str, precision: Precision, quiet: bool) -> LoadedModel:
+    import torch
+
+    from lmcore.training.checkpoint import load_model
+    from lmcore.training.device import resolve_device
+
+    where = resolve_device(device)
+    chosen = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}.get(
+        precision, torch.float32 if where.type == "cpu" else torch.bfloat16
+    )
+    loaded = load_model(path, device=where, dtype=chosen, skipped=ui.say)
+    if not quiet:
+        ui.say(
+            f"{loaded.path}, step {loaded.state.get('step', '?')}, {where.type}, {str(chosen).removeprefix('torch.')}"
+        )
+    return loaded
+
+
+# ---------------------------------------------------------------------------------------- rendering
+
+
+def _stream(loaded: LoadedModel, prompt: str, config: SamplingConfig, overflow: Overflow, echo: bool) -> None:
+    """One text, piece by piece."""
+    from lmcore.inference.generate import generate
+
+    for number, chunk in enumerate(generate(loaded, [prompt], config, overflow=overflow)):
+        if echo and number == 0:  # not before the prompt has been accepted
+            ui.emit_piece(prompt)
+        ui.emit_piece(chunk.text)
+    ui.emit_piece("\n")
+
+
+def _in_turn(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    overflow: Overflow,
+    batch: int,
+    echo: bool,
+    quiet: bool,
+) -> None:
+    """Several texts: each is printed under a heading when all before it are printed."""
+    from lmcore.inference.generate import Collector, generate
+
+    collector = Collector()
+    order = [(index, sample) for index in range(len(prompts)) for sample in range(config.samples)]
+    printed = 0
+    with ui.progress(quiet) as progress:
+        for chunk in generate(loaded, prompts, config, batch_size=batch, overflow=overflow, progress=progress):
+            collector.add(chunk)
+            while printed < len(order) and (text := collector.finished(*order[printed])) is not None:
+                ui.emit(f"--- prompt {text.prompt + 1}, sample {text.sample + 1}")
+                ui.emit((prompts[text.prompt] if echo else "") + text.text)
+                printed += 1
+
+
+def _as_json(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    overflow: Overflow,
+    batch: int,
+    quiet: bool,
+) -> None:
+    import time
+
+    from lmcore.inference.generate import complete
+
+    began = time.perf_counter()
+    with ui.progress(quiet) as progress:
+        texts = complete(loaded, prompts, config, batch_size=batch, overflow=overflow, progress=progress)
+    seconds = time.perf_counter() - began
+    ui.emit_json(
+        {
+            "checkpoint": str(loaded.path),
+            "sampling": config.model_dump(mode="json"),
+            "texts": [_text(text, prompts, loaded) for text in texts],
+            "tokens_per_second": round(sum(len(text.tokens) for text in texts) / max(seconds, 1e-9), 1),
+        }
+    )
+
+
+def _text(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "prompt": prompts[text.prompt],
+        "sample": text.sample,
+        "text": text.text,
+        "finish": text.finish,
+        "tokens": text.tokens,
+    }
+    if text.logprobs:
+        assert loaded.tokenizer is not None
+        table = loaded.tokenizer.token_bytes()
+        document["logprobs"] = [
+            {
+                "token": entry.token,
+                "text": table[entry.token].decode("utf-8", errors="replace"),
+                "logprob": entry.logprob,
+                "top": [{"token": token, "logprob": value} for token, value in entry.top],
+            }
+            for entry in text.logprobs
+        ]
+    return document
+
+
+def _interact(loaded: LoadedModel, config: SamplingConfig, overflow: Overflow, echo: bool) -> None:
+    """A loop of prompts; the end of input (Ctrl-D) leaves it. Ctrl-C ends a text, or the loop when no text runs."""
+    import sys
+
+    ui.say("One prompt per line; Ctrl-C ends a text, Ctrl-D the session.")
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            ui.say("")
+            return
+        try:
+            _stream(loaded, _without_last_newline(line), config, overflow, echo)
+        except KeyboardInterrupt:
+            ui.emit()
