@@ -55,6 +55,9 @@ types: env  ## Static types, strict
 
 check: lint types test  ## What CI runs
 
+docs: env  ## Write docs/cli.md from the commands' help
+	$(BIN)/python docs/make_cli.py
+
 build: env  ## Build sdist and wheel into dist/
 	rm -rf build dist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
