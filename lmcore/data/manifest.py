@@ -7,13 +7,14 @@ same tokens always have the same identity.
 
     segments   [[shard index, start, stop], ...]   half-open flat offsets, in stream order, neighbours merged
 
-The stream of a set or view is the concatenation of its segments (stream.py). The format is documented in docs/format.md.
+The stream of a set or view is the concatenation of its segments (stream.py). The format's home is docs/format.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +144,15 @@ def make_manifest(**fields: Any) -> Manifest:
     """A Manifest with its dataset_id filled in."""
     draft = Manifest(**fields, dataset_id="0" * 64)
     return Manifest.model_validate(draft.model_dump(mode="json") | {"dataset_id": draft.identity()})
+
+
+def created_by(command: str) -> dict[str, Any]:
+    """Who wrote an artefact: never part of an identity."""
+    try:
+        number = version("lmshards")
+    except PackageNotFoundError:
+        number = "unknown"
+    return {"name": "lmshards", "version": number, "command": command}
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
