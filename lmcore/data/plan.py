@@ -1,0 +1,211 @@
+"""plan.json: the inputs and options of a shard set, frozen before the first token is written.
+
+The bytes of a set are a function of its plan alone. The plan holds what the user asked for (`request`), what it was
+resolved to (`units`: the files in order, pinned), and the tokenizer's identity. The same command finds the plan and
+continues; another request is refused with the differences. It is written after tokenizer.json, so that a plan always
+has its tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from lmcore import storage
+from lmcore.config import Config, Count
+from lmcore.data.manifest import PLAN
+from lmcore.data.shard import MAX_SEQ_LEN, MIN_SEQ_LEN
+from lmcore.data.sources import Source, Unit, total_size
+from lmcore.errors import Exit, LmError
+
+PLAN_FORMAT = "lmshards-plan/1"
+_MAX_PLAN_BYTES = 2 << 30
+
+
+class TokenizeConfig(Config):
+    """What decides the bytes of a shard set. How fast they are made (workers, encoder) is not in here."""
+
+    dataset: str | None = None
+    """stdlib, a name of the registry, or a dataset on the Hub: org/name[:config][@revision]."""
+    paths: tuple[str, ...] = ()
+    """Files, folders, globs, URLs, or - for standard input."""
+    text_column: str = "text"
+    """Column of parquet files and key of JSONL lines that holds the text."""
+    tokenizer: str = "train:8192"
+    """train:N, byte, a tokenizer.json (or its folder), or the name of a model on the Hub."""
+    seq_len: int = Field(default=2048, ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)
+    """Tokens per row of a shard. Any context length can be trained from any seq_len."""
+    shard_tokens: Count = Field(default=1 << 26, ge=MIN_SEQ_LEN, le=1 << 31)
+    """Tokens per shard, rounded down to whole rows."""
+    min_chars: int = Field(default=1, ge=1)
+    """Shorter documents are dropped."""
+    max_chars: Count | None = Field(default=None, ge=1)
+    """Longer documents are dropped."""
+    dedup: bool = False
+    """Drop documents whose text was seen before, by content hash."""
+    max_documents: Count | None = Field(default=None, ge=1)
+    """Stop after this many documents."""
+    max_tokens: Count | None = Field(default=None, ge=1)
+    """Stop after the document that reaches this many tokens."""
+    shuffle_units: int | None = None
+    """Seed for the order of the files; None keeps the order of their names."""
+    on_bad_doc: Literal["stop", "skip", "repair"] = "stop"
+    """What to do with a record that cannot be read."""
+    part: int | None = Field(default=None, ge=1)
+    """Number of this part, from 1."""
+    parts: int | None = Field(default=None, ge=1)
+    """Number of parts of the plan, each a shard set of its own (lm merge joins them)."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> TokenizeConfig:
+        if (self.dataset is None) == (not self.paths):
+            raise ValueError("name either files or a dataset: lm tokenize PATH..., or lm tokenize --dataset NAME")
+        if self.paths.count("-") and len(self.paths) > 1:
+            raise ValueError("standard input (-) cannot be joined with other files")
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars ({self.max_chars:,}) is below min_chars ({self.min_chars:,})")
+        if self.shard_tokens < self.seq_len:
+            raise ValueError(f"shard_tokens ({self.shard_tokens:,}) is below seq_len ({self.seq_len:,})")
+        if (self.part is None) != (self.parts is None) or (self.part or 0) > (self.parts or 0):
+            raise ValueError(f"part must be I/N with I from 1 to N, such as 1/8 (got {self.part}/{self.parts})")
+        if self.parts is not None and (self.max_documents or self.max_tokens or "-" in self.paths):
+            raise ValueError("parts cannot be combined with max_documents, max_tokens or standard input")
+        return self
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.shard_tokens // self.seq_len
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of plan.json."""
+
+    request: TokenizeConfig
+    source: dict[str, Any]
+    units: tuple[Unit, ...]
+    tokenizer_sha256: str
+    first_unit: int
+    stop_unit: int
+    """This set tokenizes units[first_unit:stop_unit]: all of them, or one part."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": PLAN_FORMAT,
+            "request": self.request.model_dump(mode="json"),
+            "source": self.source,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "first_unit": self.first_unit,
+            "stop_unit": self.stop_unit,
+            "units": [unit.to_json() for unit in self.units],
+        }
+
+
+def make_plan(request: TokenizeConfig, source: Source, tokenizer_sha256: str) -> Plan:
+    """Order the units (shuffled by a seed if asked) and cut out this part."""
+    units = order_units(source.units, request.shuffle_units)
+    first, stop = part_range(units, request.part, request.parts)
+    return Plan(request, source.description, units, tokenizer_sha256, first, stop)
+
+
+def order_units(units: Sequence[Unit], seed: int | None) -> tuple[Unit, ...]:
+    """The units in plan order: as resolved, or permuted by raw words of a counter-based generator."""
+    if seed is None or len(units) < 2:
+        return tuple(units)
+    keys = np.random.Philox(key=[seed & (2**64 - 1), 0]).random_raw(len(units))
+    return tuple(units[index] for index in np.argsort(keys, kind="stable"))
+
+
+def part_range(units: Sequence[Unit], part: int | None, parts: int | None) -> tuple[int, int]:
+    """[first, stop) of part i of n: neighbouring units, balanced by size, so that the parts one after the other are the
+    whole plan in order."""
+    if part is None or parts is None:
+        return 0, len(units)
+    if parts > len(units):
+        raise LmError(
+            f"--part {part}/{parts}: the corpus has only {len(units):,} files, and a part needs at least one.",
+            hint=f"Use at most {len(units):,} parts.",
+        )
+    sizes = np.cumsum([max(unit.size, 1) for unit in units])
+    cuts = [0]
+    for number in range(1, parts):
+        ideal = int(np.searchsorted(sizes, sizes[-1] * number / parts)) + 1
+        cuts.append(min(max(ideal, cuts[-1] + 1), len(units) - (parts - number)))
+    cuts.append(len(units))
+    return cuts[part - 1], cuts[part]
+
+
+def write_plan(directory: Path, plan: Plan) -> None:
+    """Make the plan durable; from here on the set can be continued by the same command."""
+    storage.write_file(directory / PLAN, storage.canonical_json(plan.to_json()) + b"\n")
+
+
+def read_plan(directory: str | Path) -> Plan:
+    """The plan of a shard set. Raises LmError (65) when there is none or it is not ours."""
+    path = Path(directory) / PLAN
+    raw = storage.read_json(path, limit=_MAX_PLAN_BYTES)
+    try:
+        if raw["format"] != PLAN_FORMAT:
+            raise LmError(f"{path}: the format is {raw['format']!r}; this version reads {PLAN_FORMAT}.", code=Exit.DATA)
+        return Plan(
+            request=TokenizeConfig.model_validate(raw["request"]),
+            source=dict(raw["source"]),
+            units=tuple(Unit.from_json(unit) for unit in raw["units"]),
+            tokenizer_sha256=str(raw["tokenizer_sha256"]),
+            first_unit=int(raw["first_unit"]),
+            stop_unit=int(raw["stop_unit"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LmError(f"{path}: not a plan of lm tokenize ({error!r:.80}).", code=Exit.DATA) from None
+
+
+def refuse_other_request(directory: Path, old: TokenizeConfig, new: TokenizeConfig) -> None:
+    """Raise LmError (2) with the differences when the set was begun with other options."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    changes = [
+        f"{_flag(key)}: {_value(before[key])} in the set, {_value(after[key])} now"
+        for key in before
+        if before[key] != after[key]
+    ]
+    if changes:
+        raise LmError(
+            f"{directory}: this shard set was begun with other options ({'; '.join(changes)}).",
+            hint="Use the same options to continue it, or another directory: --out PATH",
+        )
+
+
+def refuse_changed_units(directory: Path, old: Sequence[Unit], new: Sequence[Unit]) -> None:
+    """Raise LmError (65) when the files behind a local source are no longer those of the plan."""
+    before, after = {unit.path: unit for unit in old}, {unit.path: unit for unit in new}
+    changes = [
+        *(f"+{path}" for path in after if path not in before),
+        *(f"-{path}" for path in before if path not in after),
+        *(f"~{path}" for path in before if path in after and before[path] != after[path]),
+    ]
+    if changes:
+        more = f" and {len(changes) - 3:,} more" if len(changes) > 3 else ""
+        raise LmError(
+            f"{directory}: the source has changed since this set was begun ({', '.join(changes[:3])}{more}).",
+            hint="Restore the files, or tokenize into another directory: --out PATH",
+            code=Exit.DATA,
+        )
+
+
+def estimated_bytes(plan: Plan) -> int:
+    """Stored bytes of the units of this set."""
+    return total_size(plan.units[plan.first_unit : plan.stop_unit])
+
+
+def _flag(key: str) -> str:
+    return {"paths": "the files", "parts": "--part"}.get(key, "--" + key.replace("_", "-"))
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

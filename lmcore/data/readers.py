@@ -1,0 +1,548 @@
+"""From units to batches of documents, in plan order, read ahead on threads.
+
+Every unit falls into pieces: the places where reading can start again, and what one thread reads at a time.
+
+    text, python       one piece; small files are read together
+    jsonl              the lines that begin in one 8 MiB range of the file
+    jsonl.gz, .zst     about 8 MiB of decompressed lines, one after the other (a stream has no middle)
+    parquet            a row group
+    rows               4,096 rows
+
+JSONL is parsed by Arrow where it can be (no Python object per line); a block that Arrow refuses, or in which it does
+not see one object with a text on every line, is parsed again line by line, which is also what finds the line to
+complain about. Decompressed sizes are bounded: a bomb is refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tokenize
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet as pq
+import zstandard
+
+from lmcore.data.documents import BadRecord, Documents, DocumentsBuilder, Drop, check_size
+from lmcore.data.pipeline import read_ahead
+from lmcore.data.sources import Unit, broken_parquet, check_schema, open_unit, shown
+from lmcore.data.tokenizer import repair
+from lmcore.errors import Exit, LmError, from_os_error
+
+OnBad = Literal["stop", "skip", "repair"]
+Task = Callable[[], Iterator[Documents]]
+
+BLOCK_BYTES = 8 << 20  # of JSONL
+BATCH_BYTES = 4 << 20  # of text handed on at once
+_GROUP_FILES, _GROUP_BYTES = 256, 1 << 20
+_ROWS_PER_PIECE = 4096
+
+BOMB_RATIO = 1000
+"""A compressed file may grow this much ..."""
+_BOMB_FREE_BYTES = 16 << 20  # ... once it has given this many bytes
+_ZSTD_WINDOW = 1 << 27
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading starts: a unit, a piece of it, and the rows of the unit before that piece."""
+
+    unit: int = 0
+    piece: int = 0
+    base: int = 0
+
+
+START = Place()
+
+
+def read(
+    units: Sequence[Unit],
+    text_column: str,
+    *,
+    start: Place = START,
+    stop_unit: int | None = None,
+    on_bad: OnBad = "stop",
+    threads: int = 2,
+) -> Generator[Documents]:
+    """Batches of the documents of units[start.unit:stop_unit] from `start` on, in order, with rows numbered inside
+    their unit. Raises LmError (65) at the record that cannot be read, unless `on_bad` says otherwise."""
+    tasks = _tasks(units, text_column, start, len(units) if stop_unit is None else stop_unit, on_bad, threads)
+    unit, piece, base, records = start.unit, start.piece, start.base, 0
+    try:
+        for batch in read_ahead(tasks, threads=threads):
+            if batch.unit != unit:
+                unit, piece, base, records = batch.unit, 0, 0, 0
+            if batch.piece != piece:
+                piece, base, records = batch.piece, base + records, 0
+            records += batch.n_records
+            yield batch.moved(base)
+    except BadRecord as bad:
+        raise _as_error(units, bad, base + records if bad.unit == unit else 0) from None
+
+
+def read_document(units: Sequence[Unit], text_column: str, unit: int, row: int) -> bytes | None:
+    """The text of one record, None when it holds none: provenance for people. Reads from the start of the unit's
+    piece where the format allows it, from the start of the unit elsewhere."""
+    for batch in read(units, text_column, start=_piece_with(units[unit], unit, row), stop_unit=unit + 1, on_bad="skip"):
+        found = np.flatnonzero((batch.units == unit) & (batch.rows == row))
+        if len(found):
+            return batch.text(int(found[0]))
+        if len(batch) and int(batch.rows[-1]) > row and int(batch.units[-1]) == unit:
+            return None
+    return None
+
+
+def _piece_with(unit: Unit, number: int, row: int) -> Place:
+    if unit.format != "parquet":
+        return Place(number)
+    metadata = parquet_metadata(unit)
+    base = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < base + rows:
+            return Place(number, group, base)
+        base += rows
+    return Place(number)
+
+
+def _as_error(units: Sequence[Unit], bad: BadRecord, base: int) -> LmError:
+    unit = units[bad.unit]
+    where = shown(unit.path)
+    if unit.format == "jsonl":
+        where += f":{base + bad.row + 1}"
+    elif unit.format in ("parquet", "rows"):
+        where += f": row {base + bad.row}"
+    hint = "Mend it, or count such records and go on: --on-bad-doc skip"
+    if bad.reason == Drop.BAD_UTF8:
+        hint = "Convert it to UTF-8, or go on: --on-bad-doc skip (drop it) or repair (replace the bytes by U+FFFD)"
+    return LmError(f"{where}: {bad.message}.", hint=hint, code=Exit.DATA)
+
+
+# ---------------------------------------------------------------------------------------- tasks
+
+
+def _tasks(units: Sequence[Unit], column: str, start: Place, stop: int, on_bad: OnBad, threads: int) -> Iterator[Task]:
+    group: list[int] = []
+    group_bytes = 0
+    with ThreadPoolExecutor(threads, thread_name_prefix="footer") as pool:
+        footers: dict[int, Future[pq.FileMetaData]] = {}
+        for number in range(start.unit, stop):
+            unit = units[number]
+            first = start.piece if number == start.unit else 0
+            if unit.format in ("text", "python"):
+                group.append(number)
+                group_bytes += max(unit.size, 0)
+                if len(group) >= _GROUP_FILES or group_bytes >= _GROUP_BYTES:
+                    yield functools.partial(_read_texts, units, tuple(group), on_bad)
+                    group, group_bytes = [], 0
+                continue
+            if group:
+                yield functools.partial(_read_texts, units, tuple(group), on_bad)
+                group, group_bytes = [], 0
+            if unit.format == "parquet":
+                for near in range(number, min(number + 2 * threads, stop)):
+                    if units[near].format == "parquet" and near not in footers:
+                        footers[near] = pool.submit(parquet_metadata, units[near])
+                metadata = footers.pop(number).result()
+                check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
+                for piece in range(first, metadata.num_row_groups):
+                    yield functools.partial(_read_row_group, unit, number, piece, metadata, column, on_bad)
+            elif unit.format == "jsonl" and not unit.compression and unit.size >= 0:
+                for piece in range(first, max(1, -(-unit.size // BLOCK_BYTES))):
+                    yield functools.partial(_read_range, unit, number, piece, column, on_bad)
+            elif unit.format == "jsonl":
+                yield functools.partial(_read_stream, unit, number, first, column, on_bad)
+            else:
+                yield functools.partial(_read_rows, unit, number, first, column, on_bad)
+        if group:
+            yield functools.partial(_read_texts, units, tuple(group), on_bad)
+
+
+# ---------------------------------------------------------------------------------------- text
+
+
+def _read_texts(units: Sequence[Unit], numbers: Sequence[int], on_bad: OnBad) -> Iterator[Documents]:
+    """Whole files, one document each."""
+    builder = DocumentsBuilder(numbers[0])
+    owners: list[int] = []
+    for number in numbers:
+        unit = units[number]
+        with open_unit(unit) as file:
+            raw = _read_all(unit, file)
+        builder.unit = number
+        text = _text_of(unit, number, raw, on_bad, builder)
+        if text is not None:
+            builder.add(0, text)
+            owners.append(number)
+    builder.unit = numbers[0]
+    batch = builder.build()
+    batch.units[:] = owners
+    yield batch
+
+
+def _text_of(unit: Unit, number: int, raw: bytes, on_bad: OnBad, builder: DocumentsBuilder) -> bytes | None:
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if unit.format == "python":
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+            return raw.decode().encode() if encoding == "utf-8" else raw.decode(encoding).encode()
+        except (SyntaxError, UnicodeDecodeError, LookupError):
+            # The standard library carries a few files with broken encodings on purpose; they are counted.
+            builder.drop(0, Drop.BAD_UTF8)
+            return None
+    return _valid(raw, 0, 0, on_bad, builder)
+
+
+def _valid(raw: bytes, row: int, later: int, on_bad: OnBad, builder: DocumentsBuilder) -> bytes | None:
+    """The text if it is UTF-8, else what `on_bad` says. `later`: the row counted from the last batch."""
+    try:
+        raw.decode()
+        return raw
+    except UnicodeDecodeError as error:
+        if on_bad == "repair":
+            builder.repaired += 1
+            return raw.decode("utf-8", "replace").encode()
+        if on_bad == "skip":
+            builder.drop(row, Drop.BAD_UTF8)
+            return None
+        raise BadRecord(builder.unit, later, Drop.BAD_UTF8, f"not UTF-8 text (byte {error.start:,})") from None
+
+
+def _read_all(unit: Unit, file: BinaryIO) -> bytes:
+    if not unit.compression:
+        check_size(shown(unit.path), unit.size)
+        try:
+            return file.read()
+        except OSError as error:
+            raise from_os_error(error, shown(unit.path), "read") from error
+    parts: list[bytes] = []
+    total = 0
+    for part in _decompressed(unit, file):
+        total += len(part)
+        check_size(shown(unit.path), total)
+        parts.append(part)
+    return b"".join(parts)
+
+
+# ---------------------------------------------------------------------------------------- decompression
+
+
+def _decompressed(unit: Unit, file: BinaryIO) -> Iterator[bytes]:
+    """Decompressed chunks of about 1 MiB; refuses bombs and truncated streams (65)."""
+    name = shown(unit.path)
+    stored = max(unit.size, 1)
+    total = 0
+    try:
+        for chunk in _gunzip(file) if unit.compression == "gzip" else _unzstd(file):
+            total += len(chunk)
+            if unit.size >= 0 and total > _BOMB_FREE_BYTES and total > BOMB_RATIO * stored:
+                raise LmError(
+                    f"{name}: grows to more than {BOMB_RATIO} times its size; this looks like a decompression bomb.",
+                    hint="If it is meant, decompress it first.",
+                    code=Exit.DATA,
+                )
+            yield chunk
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise LmError(f"{name}: broken {unit.compression} data ({error}).", code=Exit.DATA) from error
+    except OSError as error:
+        raise from_os_error(error, name, "read") from error
+
+
+def _gunzip(file: BinaryIO) -> Iterator[bytes]:
+    decoder = zlib.decompressobj(wbits=31)
+    fed = False
+    while data := file.read(256 << 10):
+        while data:
+            if decoder.eof:  # the next member of a concatenated file
+                decoder, fed = zlib.decompressobj(wbits=31), False
+            out = decoder.decompress(data, 1 << 20)
+            fed = True
+            data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
+            if decoder.eof and not data.strip(b"\0"):
+                data = b""  # padding behind the last member
+            if out:
+                yield out
+    if fed and not decoder.eof:
+        if out := decoder.flush():
+            yield out
+        if not decoder.eof:
+            raise EOFError("the file ends in the middle")
+
+
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+    # One frame after the other by hand: the reader of the library takes a truncated frame for the end. A bomb turns the
+    # 4 KiB that go in at once into 128 MiB at most.
+    context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    decoder = context.decompressobj()
+    fed = False
+    while data := file.read(4 << 10):
+        while data:
+            if decoder.eof:
+                decoder, fed = context.decompressobj(), False
+            out = decoder.decompress(data)
+            fed = True
+            data = decoder.unused_data if decoder.eof else b""
+            if out:
+                yield out
+    if fed and not decoder.eof:
+        raise EOFError("the file ends in the middle")
+
+
+# ---------------------------------------------------------------------------------------- jsonl
+
+
+def _read_range(unit: Unit, number: int, piece: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    """The lines that begin in [piece, piece + 1) * BLOCK_BYTES."""
+    with open_unit(unit) as file:
+        try:
+            begin, end = piece * BLOCK_BYTES, (piece + 1) * BLOCK_BYTES
+            if begin:
+                file.seek(begin - 1)  # a line begins here if the byte before is a newline
+                file.readline()
+            else:
+                file.seek(0)
+            place = file.tell()
+            block = file.read(end - place) if place < end else b""
+            if block and not block.endswith(b"\n"):
+                block += _rest_of_line(unit, file)
+        except OSError as error:
+            raise from_os_error(error, shown(unit.path), "read") from error
+    if block:
+        yield from _parse_block(unit, number, piece, block, column, on_bad)
+
+
+def _rest_of_line(unit: Unit, file: BinaryIO) -> bytes:
+    parts: list[bytes] = []
+    total = 0
+    while part := file.readline(1 << 20):
+        parts.append(part)
+        total += len(part)
+        check_size(shown(unit.path), total)
+        if part.endswith(b"\n"):
+            break
+    return b"".join(parts)
+
+
+def _read_stream(unit: Unit, number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    """Blocks of whole lines of a decompressed stream, from block `first` on."""
+    with open_unit(unit) as file:
+        chunks = _decompressed(unit, file) if unit.compression else iter(lambda: file.read(1 << 20), b"")
+        for piece, block in enumerate(_line_blocks(unit, chunks)):
+            if piece >= first:
+                yield from _parse_block(unit, number, piece, block, column, on_bad)
+
+
+def _line_blocks(unit: Unit, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Whole lines, cut at the first newline after BLOCK_BYTES: does not depend on the size of the chunks."""
+    held = bytearray()
+    searched = BLOCK_BYTES  # a cut may not come earlier
+    for chunk in chunks:
+        held += chunk
+        while len(held) > searched:
+            cut = held.find(b"\n", searched)
+            if cut < 0:
+                searched = len(held)
+                check_size(shown(unit.path), searched)
+                break
+            yield bytes(held[: cut + 1])
+            del held[: cut + 1]
+            searched = BLOCK_BYTES
+    if held:
+        yield bytes(held)
+
+
+def _parse_block(unit: Unit, number: int, piece: int, block: bytes, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    fast = _parse_by_arrow(block, column)
+    if fast is not None:
+        yield _from_arrow(fast, number, piece, 0)
+        return
+    builder = DocumentsBuilder(number, piece)
+    for row, line in enumerate(_lines(block)):
+        builder.n_records += 1
+        if not line.strip():
+            continue  # a blank line is no record, but it has a number
+        reason, message = Drop.BAD_JSON, ""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            if on_bad != "repair":
+                reason, message = Drop.BAD_UTF8, f"not UTF-8 text (byte {error.start:,} of the line)"
+            else:
+                builder.repaired += 1
+                text = line.decode("utf-8", "replace")
+        if not message:
+            reason, message, value = _text_in_json(text, column)
+            if not message:
+                builder.add(row, value)
+                continue
+        if on_bad != "skip":
+            raise BadRecord(number, row, reason, message)
+        builder.drop(row, reason)
+    yield builder.build()
+
+
+def _lines(block: bytes) -> list[bytes]:
+    lines = block.split(b"\n")  # not splitlines: a line may hold \r, \v or U+2028
+    return lines[:-1] if lines[-1] == b"" else lines
+
+
+def _text_in_json(line: str, column: str) -> tuple[Drop, str, bytes]:
+    """(reason, complaint, text): the complaint is empty when the text is there."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        return Drop.BAD_JSON, "not valid JSON (nested too deeply)", b""
+    except ValueError as error:
+        return Drop.BAD_JSON, f"not valid JSON ({error})", b""
+    if not isinstance(value, dict):
+        return Drop.BAD_JSON, f"an object is expected, not a {type(value).__name__}", b""
+    text = value.get(column)
+    if isinstance(text, str):
+        return Drop.BAD_JSON, "", repair(text).encode()
+    if column in value:
+        return Drop.NO_TEXT, f"'{column}' is {json.dumps(text)[:40]}, not text", b""
+    texts = [key for key, item in value.items() if isinstance(item, str)]
+    more = f" (--text-column {texts[0]}?)" if texts else ""
+    return Drop.NO_TEXT, f"no '{column}' here; it has {', '.join(map(str, value)) or 'nothing'}{more}", b""
+
+
+def _parse_by_arrow(block: bytes, column: str) -> Any | None:
+    """The text column of a block of JSON lines as an Arrow array, or None when Arrow does not see exactly one object
+    with a text on every line."""
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    try:
+        table = pyarrow.json.read_json(
+            pa.BufferReader(block),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(column, pa.large_string())]), unexpected_field_behavior="ignore"
+            ),
+        )
+        array = table.column(0).combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0)
+        if len(array) != lines or array.null_count:
+            return None
+        array.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IndexError):
+        return None
+    return array
+
+
+# ---------------------------------------------------------------------------------------- parquet
+
+
+def parquet_metadata(unit: Unit) -> Any:
+    """The footer of a parquet file."""
+    try:
+        with open_unit(unit) as file:
+            return pq.ParquetFile(file).metadata
+    except (pa.ArrowInvalid, OSError) as error:
+        raise broken_parquet(unit, error) from error
+
+
+def _read_row_group(
+    unit: Unit, number: int, piece: int, metadata: Any, column: str, on_bad: OnBad
+) -> Iterator[Documents]:
+    group = metadata.row_group(piece)
+    per_row = max(1, group.total_byte_size // max(1, group.num_rows))
+    rows_at_once = int(min(max(1, BATCH_BYTES // per_row), 65_536))
+    row = 0
+    try:
+        with open_unit(unit) as file:
+            parquet = pq.ParquetFile(file, metadata=metadata, pre_buffer=unit.is_remote)
+            for batch in parquet.iter_batches(
+                row_groups=[piece], columns=[column], batch_size=rows_at_once, use_threads=False
+            ):
+                for array in _plain(batch.column(0)):
+                    yield _documents_of(array, number, piece, row, column, on_bad)
+                    row += len(array)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise broken_parquet(unit, error) from error
+
+
+def _plain(array: Any) -> list[Any]:
+    """Any kind of text column as large_string or large_binary arrays (64-bit offsets)."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    wanted = (
+        pa.large_binary()
+        if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
+        else pa.large_string()
+    )
+    return [array if array.type == wanted else array.cast(wanted)]
+
+
+def _documents_of(array: Any, unit: int, piece: int, row: int, column: str, on_bad: OnBad) -> Documents:
+    """A batch from an Arrow array: as it is when every value is valid text, value by value otherwise."""
+    try:
+        if array.null_count:
+            raise pa.ArrowInvalid("nulls")
+        if not pa.types.is_large_string(array.type):
+            array = array.cast(pa.large_string())
+        array.validate(full=True)
+        return _from_arrow(array, unit, piece, row)
+    except pa.ArrowInvalid:
+        pass
+    builder = DocumentsBuilder(unit, piece)
+    for index, value in enumerate(array.cast(pa.large_binary()).to_pylist()):
+        builder.n_records += 1
+        if value is None:
+            if on_bad != "skip":
+                raise BadRecord(unit, index, Drop.NO_TEXT, f"'{column}' is null")
+            builder.drop(row + index, Drop.NO_TEXT)
+        elif (text := _valid(value, row + index, index, on_bad, builder)) is not None:
+            builder.add(row + index, text)
+    return builder.build()
+
+
+def _from_arrow(array: Any, unit: int, piece: int, row: int) -> Documents:
+    """A batch that shares the memory of a large_string array without nulls."""
+    count = len(array)
+    _, offsets, data = array.buffers()
+    starts = np.frombuffer(offsets, np.int64)[array.offset : array.offset + count + 1]
+    first, last = int(starts[0]), int(starts[-1])
+    return Documents(
+        np.frombuffer(data, np.uint8)[first:last] if data is not None and last > first else np.zeros(0, np.uint8),
+        starts - first,
+        np.full(count, unit, np.uint32),
+        np.arange(row, row + count, dtype=np.int64),
+        unit,
+        piece,
+        0,
+        count,
+    )
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def _read_rows(unit: Unit, number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    """What only `datasets` can read, a fixed number of rows per piece."""
+    from lmcore.data import hub
+
+    piece = first
+    builder = DocumentsBuilder(number, piece)
+    for value in hub.iterate_rows(unit.path, column, skip=first * _ROWS_PER_PIECE):
+        row = builder.n_records
+        builder.n_records += 1
+        if isinstance(value, str):
+            builder.add(row, repair(value).encode())
+        elif on_bad == "skip":
+            builder.drop(row, Drop.NO_TEXT)
+        else:
+            raise BadRecord(number, row, Drop.NO_TEXT, f"'{column}' is {value!r:.40}, not text")
+        if builder.n_records == _ROWS_PER_PIECE:
+            yield builder.build()
+            piece += 1
+            builder = DocumentsBuilder(number, piece)
+    if builder.n_records:
+        yield builder.build()

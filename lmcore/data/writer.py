@@ -1,0 +1,352 @@
+"""The one writer of a shard set: token batches in plan order in, committed shards out.
+
+A shard is committed in this order, each step durable before the next begins:
+
+    shard-00003.npy, shard-00003.docs.npy    temporary, fsync, rename, fsync of the directory
+    journal.jsonl                            one line: what the manifest will say, and the cursor
+
+The cursor names the first token that is not committed: (unit, row, token) of a document, with the piece where reading
+must start again and the number of dropped documents so far. Whoever finds the journal continues there and writes the
+same bytes, because a shard depends only on the order of the tokens. Shards are written on a thread of their own while
+the next one fills, never more than one at a time.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcore import storage
+from lmcore.data.documents import Documents, Drop
+from lmcore.data.encoder import Encoded
+from lmcore.data.manifest import JOURNAL, ShardEntry
+from lmcore.data.readers import Place
+from lmcore.data.shard import DOCUMENT, Tokens, npy_chunks, shard_name
+from lmcore.errors import Exit, LmError
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The first token that is not committed, and where to read in order to meet it again."""
+
+    place: Place
+    row: int
+    """The document that holds the last committed token; -1 at the start of a set."""
+    token: int
+    """Committed tokens of that document; may be all of them."""
+    dropped: dict[str, int]
+    """Records without a document up to here, by reason."""
+
+    def to_json(self) -> dict[str, Any]:
+        place = self.place
+        return {
+            "unit": place.unit,
+            "piece": place.piece,
+            "base": place.base,
+            "row": self.row,
+            "token": self.token,
+            "dropped": self.dropped,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Cursor:
+        place = Place(value["unit"], value["piece"], value["base"])
+        return cls(place, value["row"], value["token"], dict(value["dropped"]))
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One line of the journal."""
+
+    entry: ShardEntry
+    n_bytes: int
+    """UTF-8 bytes of the documents that start in the shard."""
+    cursor: Cursor
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shard": self.entry.model_dump(mode="json"),
+            "n_bytes": self.n_bytes,
+            "cursor": self.cursor.to_json(),
+        }
+
+
+def read_journal(directory: Path) -> list[Committed]:
+    """The committed shards of a set, in order. Raises LmError (65) when a line is not ours."""
+    path = directory / JOURNAL
+    committed = []
+    for number, line in enumerate(storage.read_json_lines(path)):
+        try:
+            entry = ShardEntry.model_validate(line["shard"])
+            committed.append(Committed(entry, int(line["n_bytes"]), Cursor.from_json(line["cursor"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LmError(
+                f"{path}:{number + 1}: not a line of lm tokenize ({error!r:.80}).",
+                hint="Delete the set and run lm tokenize again.",
+                code=Exit.DATA,
+            ) from None
+    return committed
+
+
+def recover(directory: Path) -> list[Committed]:
+    """Bring a set back to its last commit: sweep temporaries, drop a torn journal line and shards that the journal does
+    not name, check that the named ones are there. Call while holding the set's lock."""
+    storage.sweep(directory)
+    committed = read_journal(directory)
+    path = directory / JOURNAL
+    lines = [storage.canonical_json(line.to_json()) + b"\n" for line in committed]
+    if path.exists() and path.read_bytes() != b"".join(lines):
+        storage.write_file(path, b"".join(lines))
+    expected: dict[str, int | None] = {}
+    for line in committed:
+        expected[f"{line.entry.name}.npy"] = line.entry.bytes
+        expected[f"{line.entry.name}.docs.npy"] = None
+    for file in directory.glob("shard-*.npy"):
+        if file.name not in expected:
+            file.unlink()
+    for name, size in expected.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None or (size is not None and found != size):
+            what = "is missing" if found is None else f"has {found:,} bytes, the journal says {size:,}"
+            raise LmError(
+                f"{file}: this committed shard {what}.",
+                hint="Restore the file, or delete the set and run lm tokenize again.",
+                code=Exit.DATA,
+            )
+    return committed
+
+
+class SetWriter:
+    """Fills shards and commits them. Use as a context manager: leaving it waits for the write under way.
+
+    only: commit just the shards with these numbers (repair), count the others; the journal is then left alone.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: np.dtype[Any],
+        seq_len: int,
+        rows: int,
+        eos_id: int,
+        committed: Sequence[Committed] = (),
+        only: frozenset[int] | None = None,
+    ) -> None:
+        self.directory, self.dtype, self.seq_len, self.eos_id, self.only = directory, dtype, seq_len, eos_id, only
+        self.capacity = rows * seq_len
+        self.committed = list(committed)
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.settled: Cursor | None = None
+        if self.committed:
+            self.settled = self.committed[-1].cursor
+            self.dropped.update(self.settled.dropped)
+        self._next = len(self.committed)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._writing: Future[None] | None = None
+        self._begin_shard()
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True)
+
+    @property
+    def place(self) -> Place:
+        """Where reading must start for the next token."""
+        return self.settled.place if self.settled else Place()
+
+    @property
+    def begun(self) -> int:
+        """Shards that are committed or being written."""
+        return self._next
+
+    @property
+    def cursor_token(self) -> int:
+        """Committed tokens of the document at the cursor of the run that is continued."""
+        return self.settled.token if self.settled is not None else 0
+
+    # ------------------------------------------------------------------------------------ filling
+
+    def add(
+        self,
+        batch: Encoded,
+        keep: npt.NDArray[np.bool_],
+        duplicates: npt.NDArray[np.bool_],
+        *,
+        last: tuple[int, int] | None = None,
+    ) -> None:
+        """Append the documents of a batch that `keep` marks. `duplicates` are counted as dropped at their place;
+        what was dropped behind the document `last` is not counted."""
+        documents = batch.documents
+        keep = keep & ~self.settled_before(documents.units, documents.rows)
+        drops = sorted(self._new_drops(documents, duplicates))
+        if last is not None:
+            drops = [drop for drop in drops if drop[:2] < last]
+        kept = np.flatnonzero(keep)
+        ids, offsets = _select(batch, keep, kept)
+        units, rows, sizes = documents.units[kept], documents.rows[kept], batch.sizes[kept]
+        before = [_position(units, rows, unit, row) for unit, row, _ in drops]  # documents before each drop
+        at = 0
+        if len(kept) and self.settled is not None and self._is_settled(int(units[0]), int(rows[0])):
+            at = self.settled.token  # only the document at the cursor can be settled and not wholly before it
+        elif not len(kept):
+            self._count(drops)
+            return
+        counted = 0
+        while at < len(ids):
+            take = min(self.capacity - self._filled, len(ids) - at)
+            first = int(np.searchsorted(offsets, at, "right")) - 1
+            end = int(np.searchsorted(offsets, at + take, "left")) - 1  # the document of the last token taken
+            records = np.empty(end + 1 - first, DOCUMENT)
+            records["start"] = np.maximum(offsets[first : end + 1] - at, 0) + self._filled
+            records["unit"] = units[first : end + 1]
+            records["row"] = rows[first : end + 1]
+            records["hash"] = batch.hashes[kept[first : end + 1]]
+            records["bytes"] = sizes[first : end + 1]
+            begun = slice(first, end + 1)
+            if at > offsets[first]:
+                records["bytes"][0] = 0
+                self._first_doc_offset = at - int(offsets[first])
+                begun = slice(first + 1, end + 1)
+            self._records.append(records)
+            self._shard_docs += begun.stop - begun.start
+            self._shard_bytes += int(sizes[begun].sum())
+            self._tokens[self._filled : self._filled + take] = ids[at : at + take]
+            self._filled += take
+            at += take
+            if self._filled == self.capacity:
+                past = counted
+                while past < len(drops) and before[past] <= end:
+                    past += 1
+                self._count(drops[counted:past])
+                counted = past
+                unit = int(units[end])
+                own = documents.unit == unit
+                place = Place(unit, documents.piece if own else 0, documents.base if own else 0)
+                self._commit(self._cursor(place, int(rows[end]), at - int(offsets[end])))
+        self._count(drops[counted:])
+
+    def settled_before(self, units: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which documents lie wholly before the cursor of the run that is continued."""
+        if self.settled is None:
+            return np.zeros(len(units), bool)
+        unit, row = self.settled.place.unit, self.settled.row
+        return np.asarray((units < unit) | ((units == unit) & (rows < row)))
+
+    def at_cursor(self, units: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which document is the one at that cursor: committed in part, or just to its end."""
+        if self.settled is None:
+            return np.zeros(len(units), bool)
+        return np.asarray((units == self.settled.place.unit) & (rows == self.settled.row))
+
+    def _is_settled(self, unit: int, row: int) -> bool:
+        return self.settled is not None and (unit, row) <= (self.settled.place.unit, self.settled.row)
+
+    def _new_drops(self, documents: Documents, duplicates: npt.NDArray[np.bool_]) -> list[tuple[int, int, Drop]]:
+        drops = list(documents.drops)
+        for index in np.flatnonzero(duplicates):
+            drops.append((int(documents.units[index]), int(documents.rows[index]), Drop.DUPLICATE))
+        return [drop for drop in drops if not self._is_settled(drop[0], drop[1])]
+
+    def _count(self, drops: Sequence[tuple[int, int, Drop]]) -> None:
+        self.dropped.update(reason.name.lower() for _, _, reason in drops)
+
+    def _cursor(self, place: Place, row: int, token: int) -> Cursor:
+        return Cursor(place, row, token, dict(sorted(self.dropped.items())))
+
+    # ------------------------------------------------------------------------------------ committing
+
+    def finish(self, end: Place) -> list[Committed]:
+        """Commit the last, partial shard, whose cursor says that nothing is left to read, and wait for every write."""
+        if self._filled:
+            self._commit(self._cursor(end, -1, 0))
+        self.wait()
+        return self.committed
+
+    def wait(self) -> None:
+        """Wait for the shard that is being written; raises what went wrong there."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _begin_shard(self) -> None:
+        self._tokens = np.empty(self.capacity, self.dtype)
+        self._records: list[npt.NDArray[Any]] = []
+        self._filled = self._first_doc_offset = self._shard_docs = self._shard_bytes = 0
+
+    def _commit(self, cursor: Cursor) -> None:
+        self.wait()
+        number, self._next = self._next, self._next + 1
+        if self.only is None or number in self.only:
+            n_tokens = self._filled
+            rows = -(-n_tokens // self.seq_len)
+            self._tokens[n_tokens : rows * self.seq_len] = self.eos_id  # the pad of the last row
+            tokens = self._tokens[: rows * self.seq_len].reshape(rows, self.seq_len)
+            records = np.concatenate(self._records)
+            shard = _Shard(
+                number, tokens, n_tokens, records, self._shard_docs, self._shard_bytes, self._first_doc_offset
+            )
+            self._writing = self._pool.submit(self._write, shard, cursor)
+        self._begin_shard()
+
+    def _write(self, shard: _Shard, cursor: Cursor) -> None:
+        name = shard_name(shard.number)
+        chunks, size = npy_chunks(shard.tokens)
+        digest = storage.write_file(self.directory / f"{name}.npy", chunks, size=size)
+        index_chunks, index_size = npy_chunks(shard.records)
+        index = storage.write_file(self.directory / f"{name}.docs.npy", index_chunks, size=index_size)
+        entry = ShardEntry(
+            name=name,
+            rows=len(shard.tokens),
+            n_tokens=shard.n_tokens,
+            n_docs=shard.n_docs,
+            max_id=int(shard.tokens.max()),
+            bytes=digest.bytes,
+            sha256=digest.sha256,
+            docs_sha256=index.sha256,
+            docs_records=len(shard.records),
+            first_doc_offset=shard.first_doc_offset,
+        )
+        line = Committed(entry, shard.n_bytes, cursor)
+        if self.only is None:
+            storage.append_json_line(self.directory / JOURNAL, line.to_json())
+        self.committed.append(line)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    number: int
+    tokens: npt.NDArray[Any]  # (rows, seq_len)
+    n_tokens: int
+    records: npt.NDArray[Any]  # of DOCUMENT
+    n_docs: int
+    n_bytes: int
+    first_doc_offset: int
+
+
+def _select(
+    batch: Encoded, keep: npt.NDArray[np.bool_], kept: npt.NDArray[np.intp]
+) -> tuple[Tokens, npt.NDArray[np.int64]]:
+    """(ids, offsets) of the kept documents; the batch's own arrays when that is all of them."""
+    if keep.all():
+        return batch.ids, batch.offsets
+    lengths = np.diff(batch.offsets)
+    offsets = np.zeros(len(kept) + 1, np.int64)
+    np.cumsum(lengths[kept], out=offsets[1:])
+    return batch.ids[np.repeat(keep, lengths)], offsets
+
+
+def _position(units: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64], unit: int, row: int) -> int:
+    """How many of the (ascending) documents come before (unit, row)."""
+    return int(np.count_nonzero((units < unit) | ((units == unit) & (rows < row))))
