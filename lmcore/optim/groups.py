@@ -115,11 +115,11 @@ def _key(row: ParameterRow, config: OptimConfig) -> tuple[str, Kind, float, floa
         if kind == "adamw8bit" and row.parameter.numel() < SMALLEST_8BIT:
             kind = "adamw"
         return ("matrices", kind, lr, decay if row.decay else 0.0)
-    width = (row.parameter.shape[-1] / REFERENCE_WIDTH) ** -0.5 if config.optimizer == "muon" else 1.0
     adam_decay = adam_decay if row.decay else 0.0
-    if role == "embedding":
-        return ("embedding", "adamw", embedding_lr * width, adam_decay)
-    if role in ("head", "tied"):
+    if role in ("embedding", "head", "tied"):
+        width = (row.parameter.shape[-1] / REFERENCE_WIDTH) ** -0.5 if config.optimizer == "muon" else 1.0
+        if role == "embedding":
+            return ("embedding", "adamw", embedding_lr * width, adam_decay)
         return ("head", "adamw", head_lr * width, adam_decay)
     assert role in REST, f"{row.name}: no rule for parameters of the role '{role}'"
     return ("scalars", "adamw", scalar_lr, adam_decay)

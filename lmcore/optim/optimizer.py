@@ -10,52 +10,83 @@ tensors and nothing else: `state_tensors` gives them under `<parameter name>.<st
 ready for a safetensors file that a run with another number of ranks can read.
 
     momentum                 Muon; second_moment with NorMuon
-    exp_avg, exp_avg_sq      AdamW
+    exp_avg, exp_avg_sq      AdamW; with 8 bits they are codes, and exp_avg_scale, exp_avg_sq_scale belong to them
+
+With several ranks (torch.distributed) the state and the update are divided between them: see sharding.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lmcore.errors import Exit, LmError
+from lmcore.optim import eightbit, muon
 from lmcore.optim.clip import gradient_norm
 from lmcore.optim.config import OptimConfig
 from lmcore.optim.groups import Group, ParameterRow, group_fingerprint, group_table, parameter_groups
-from lmcore.optim.muon import muon_update, new_state
 from lmcore.optim.schedule import momentum_at, multiplier, weight_decay_at
+from lmcore.optim.sharding import Piece, Ranks, collect, divide, send_pieces
 
 
-def build_optimizer(table: Iterable[ParameterRow], config: OptimConfig, *, total_steps: int) -> Optimizer:
-    """The optimizer of the parameters in `table` for a run of `total_steps` (lmcore.model: `parameter_table()`)."""
+def build_optimizer(
+    table: Iterable[ParameterRow], config: OptimConfig, *, total_steps: int, ranks: Ranks | None = None
+) -> Optimizer:
+    """The optimizer of the parameters in `table` for a run of `total_steps` (lmcore.model: `parameter_table()`).
+
+    ranks: divide update and state between the ranks of the default process group; all of them must then call `step` and
+    `state_tensors` together, with the same gradients.
+    """
     config = config.resolved(total_steps)
-    return Optimizer(parameter_groups(table, config, total_steps=total_steps), config, total_steps)
+    groups = parameter_groups(table, config, total_steps=total_steps)
+    return Optimizer(groups, config, total_steps, ranks or Ranks())
 
 
 class Optimizer:
     """See the module docstring. Parameters without a gradient are left alone, state included."""
 
-    def __init__(self, groups: list[Group], config: OptimConfig, total_steps: int) -> None:
+    def __init__(self, groups: Sequence[Group], config: OptimConfig, total_steps: int, ranks: Ranks) -> None:
         self.groups = tuple(groups)
         self.config = config
         self.total_steps = total_steps
-        self.state: dict[str, dict[str, Tensor]] = {}
-        for group in groups:
-            for row in group.rows:
-                self.state[row.name] = _new_state(group, row, config)
+        self.ranks = ranks
+        self._pieces = divide(groups, ranks.size)
+        self._states: dict[str, list[dict[str, Tensor] | None]] = {
+            row.name: [
+                _new_state(group, row, config, piece.of(row.parameter.detach())) if self._mine(piece) else None
+                for piece in self._pieces[row.name]
+            ]
+            for group in groups
+            for row in group.rows
+        }
+
+    def _mine(self, piece: Piece) -> bool:
+        return piece.owner is None or piece.owner == self.ranks.rank
 
     # ------------------------------------------------------------------------------ the step
 
     @torch.no_grad()
     def step(self, step: int) -> None:
         """Update all parameters from their gradients; `step` counts from 0."""
+        works: list[dist.Work] = []
         for group, values in zip(self.groups, self.hyperparameters(step).values(), strict=True):
-            rows = [row for row in group.rows if row.parameter.grad is not None]
-            if rows:
-                _update(group, rows, [self.state[row.name] for row in rows], values, self.config, step)
+            pieces: list[Piece] = []
+            states: list[dict[str, Tensor]] = []
+            for row in group.rows:
+                for piece, state in zip(self._pieces[row.name], self._states[row.name], strict=True):
+                    if state is not None and row.parameter.grad is not None:
+                        pieces.append(piece)
+                        states.append(state)
+            if pieces:
+                _update(group, pieces, states, values, self.config, step)
+            if self.ranks.size > 1:  # on its way while the next group is updated
+                works += send_pieces([piece for row in group.rows for piece in self._pieces[row.name]])
+        for work in works:
+            work.wait()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients (or set them to zero)."""
@@ -98,13 +129,43 @@ class Optimizer:
         return group_fingerprint(self.groups)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state by `<parameter name>.<state name>`: the live tensors, not copies."""
-        return {f"{name}.{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
+        """The whole state by `<parameter name>.<state name>`.
 
+        With one rank these are the live tensors, not copies. With several it is a collective call: rank 0 gets the
+        complete state in main memory, the others an empty dict.
+        """
+        result: dict[str, Tensor] = {}
+        for name, key, template in self._templates():
+            states = [None if state is None else state[key] for state in self._states[name]]
+            if self.ranks.size == 1:
+                assert states[0] is not None
+                result[f"{name}.{key}"] = states[0]
+            elif (tensor := collect(self._pieces[name], states, template, self.ranks)) is not None:
+                result[f"{name}.{key}"] = tensor
+        return result
+
+    def state_bytes(self) -> int:
+        """Size of the whole state (over all ranks)."""
+        return sum(template.numel() * template.element_size() for _, _, template in self._templates())
+
+    def _templates(self) -> list[tuple[str, str, Tensor]]:
+        """(parameter name, state name, tensor without data of the complete shape) in a fixed order."""
+        found = []
+        for group in self.groups:
+            for row in group.rows:
+                empty = torch.empty_like(row.parameter, device="meta")
+                found += [(row.name, k, t) for k, t in _new_state(group, row, self.config, empty).items()]
+        return found
+
+    @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a saved state in. Names and shapes must be exactly those of `state_tensors`, else LmError (65)."""
-        own = self.state_tensors()
-        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        """Copy a complete saved state in (every rank takes its pieces).
+
+        Names, shapes and types must be exactly those of `state_tensors`, else LmError (65) and nothing is changed.
+        """
+        templates = self._templates()
+        own = {f"{name}.{key}" for name, key, _ in templates}
+        missing, extra = sorted(own - tensors.keys()), sorted(tensors.keys() - own)
         if missing or extra:
             told = f"lacks {_some(missing)}" if missing else f"has {_some(extra)}, which this optimizer does not know"
             raise LmError(
@@ -112,47 +173,51 @@ class Optimizer:
                 hint="It was written with other settings of the optimizer or the model; resume with the same ones.",
                 code=Exit.DATA,
             )
-        for name, tensor in own.items():
-            saved = tensors[name]
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+        for name, key, template in templates:
+            saved = tensors[f"{name}.{key}"]
+            if saved.shape != template.shape or saved.dtype != template.dtype:
                 raise LmError(
-                    f"The saved optimizer state {name} is {saved.dtype} {tuple(saved.shape)}, expected {tensor.dtype} "
-                    f"{tuple(tensor.shape)}.",
+                    f"The saved optimizer state {name}.{key} is {saved.dtype} {tuple(saved.shape)}, expected "
+                    f"{template.dtype} {tuple(template.shape)}.",
                     code=Exit.DATA,
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        for name, key, _ in templates:
+            for piece, state in zip(self._pieces[name], self._states[name], strict=True):
+                if state is not None:
+                    state[key].copy_(piece.of(tensors[f"{name}.{key}"]))
 
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def _new_state(group: Group, row: ParameterRow, config: OptimConfig) -> dict[str, Tensor]:
-    parameter = row.parameter.detach()
+def _new_state(group: Group, row: ParameterRow, config: OptimConfig, piece: Tensor) -> dict[str, Tensor]:
     if group.kind == "muon":
-        return new_state(parameter, group.layout(row), normuon=config.normuon)
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return {key: torch.zeros_like(parameter, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+        return muon.new_state(piece, group.layout(row), normuon=config.normuon)
+    if group.kind == "adamw8bit":
+        return eightbit.new_state(piece)
+    dtype = torch.promote_types(piece.dtype, torch.float32)
+    return {key: torch.zeros_like(piece, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _update(
     group: Group,
-    rows: list[ParameterRow],
-    states: list[dict[str, Tensor]],
-    values: dict[str, float],
+    pieces: Sequence[Piece],
+    states: Sequence[dict[str, Tensor]],
+    values: Mapping[str, float],
     config: OptimConfig,
     step: int,
 ) -> None:
-    parameters = [row.parameter.detach() for row in rows]
-    gradients = [row.parameter.grad.detach() for row in rows if row.parameter.grad is not None]
+    parameters = [piece.of(piece.row.parameter.detach()) for piece in pieces]
+    gradients = [
+        piece.of(piece.row.parameter.grad.detach()) for piece in pieces if piece.row.parameter.grad is not None
+    ]
     if group.kind == "muon":
-        muon_update(
+        muon.muon_update(
             parameters,
             gradients,
             [state["momentum"] for state in states],
-            [group.layout(row) for row in rows],
+            [group.layout(piece.row) for piece in pieces],
             [state["second_moment"] for state in states] if config.normuon else None,
             lr=values["lr"],
             weight_decay=values["weight_decay"],
@@ -164,23 +229,39 @@ def _update(
             beta2=config.normuon_beta2,
         )
         return
-    assert config.betas is not None, "the settings are not resolved"
-    assert config.eps is not None
-    device = parameters[0].device
-    adamw(
-        parameters,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
+
+    def rule(
+        parameters: list[Tensor], gradients: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]
+    ) -> None:
+        assert config.betas is not None, "the settings are not resolved"
+        assert config.eps is not None
+        device = parameters[0].device
         # PyTorch adds one before it uses them: the bias correction follows from the step, not from a saved counter.
-        list(torch.full((len(rows),), float(step), device=device).unbind()),
-        fused=device.type in ("cpu", "cuda", "mps"),
-        amsgrad=False,
-        beta1=config.betas[0],
-        beta2=config.betas[1],
-        lr=values["lr"],
-        weight_decay=values["weight_decay"],
-        eps=config.eps,
-        maximize=False,
-    )
+        steps = torch.full((len(parameters),), float(step), device=device)
+        adamw(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            list(steps.unbind()),
+            fused=device.type in ("cpu", "cuda", "mps"),
+            amsgrad=False,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            lr=values["lr"],
+            weight_decay=values["weight_decay"],
+            eps=config.eps,
+            maximize=False,
+        )
+
+    if group.kind == "adamw8bit":
+        for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
+            eightbit.update(parameter, gradient, state, lambda p, g, m, v: rule([p], [g], [m], [v]))
+    else:
+        rule(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+        )
