@@ -18,6 +18,7 @@ window needs a ring of window + MARGIN slots only; a rollback of up to MARGIN to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,24 @@ class KVCache(MixerState):
     positions: Tensor | None = None
     lengths: Tensor | None = None
 
+    def select(self, rows: Tensor) -> KVCache:
+        """The cache of the given rows; slots that none of them uses count as free again."""
+        chosen = super().select(rows)
+        return chosen if chosen.lengths is None else replace(chosen, used=chosen._most())
+
+    @classmethod
+    def concatenate(cls, states: Sequence[KVCache]) -> KVCache:
+        """Rows of several caches; they stay aligned when they all are, and equally long."""
+        first = states[0]
+        if all(s.positions is None and s.used == first.used for s in states):
+            return super().concatenate(states)
+        joined = super().concatenate([s.unaligned() for s in states])
+        return replace(joined, used=joined._most())
+
+    def _most(self) -> int:
+        assert self.lengths is not None
+        return min(int(self.lengths.max()), self.slots)
+
     @property
     def slots(self) -> int:
         return self.k.shape[2] - 1
@@ -61,6 +80,19 @@ class KVCache(MixerState):
         positions = torch.where(slot < self.used, slot, -1).expand(batch, -1)
         lengths = torch.full((batch,), self.used, device=self.k.device, dtype=torch.long)
         return replace(self, positions=positions, lengths=lengths)
+
+    def keep(self, before: KVCache, count: Tensor) -> KVCache:
+        """Forget all but the first count[b] tokens of row b written since the older cache `before`."""
+        if before.positions is None and bool((count == count[0]).all()):
+            return replace(self, used=before.used + int(count[0]), positions=None, lengths=None)
+        old, new = before.unaligned(), self.unaligned()
+        assert old.lengths is not None
+        assert new.lengths is not None
+        assert new.positions is not None
+        slot = torch.arange(self.slots + 1, device=self.k.device)
+        written = (slot - old.lengths[:, None]) % self.slots  # as which token since then; large for older slots
+        stale = (written >= count[:, None]) & (written < (new.lengths - old.lengths)[:, None])
+        return replace(new, positions=new.positions.masked_fill(stale, -1), lengths=old.lengths + count)
 
     def write(self, k: Tensor, v: Tensor, index: Tensor, *, ring: bool) -> KVCache:
         """Store the tokens of a chunk. k, v: (B, G, T, K); index: (B, T) positions, padding (-1) last in each row."""
@@ -112,7 +144,7 @@ class Attention(nn.Module):
         """x: (B, T, D) -> (B, T, D)."""
         q, k, v, gate = self.project(x, positions)
         if state is None:
-            y = self._whole(q, k, v)
+            y = self._whole(q, k, v, positions)
         else:
             y, state = self._cached(q, k, v, positions, state)
         y = y.transpose(1, 2)  # (B, T, H, K)
@@ -132,10 +164,27 @@ class Attention(nn.Module):
         q, k = rotate(qk, positions).transpose(1, 2).split([self.heads, self.kv_heads], 1)
         return q, k, v.unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2), gate
 
+    def sink(self, x: Tensor, positions: Positions) -> Tensor:
+        """Mean attention of all queries but the first to the first token of a sequence; x: (B, T, D) -> a number."""
+        q, k, _, _ = self.project(x, positions)
+        k = k.repeat_interleave(self.heads // self.kv_heads, 1)
+        acc = wide(q.dtype)
+        index = positions.index.expand(x.shape[0], -1)
+        mask = self._visible(index, index)
+        means = []
+        for head in range(self.heads):  # one head at a time: T x T scores
+            scores = (q[:, head] @ k[:, head].mT).to(acc) * self.head_dim**-0.5
+            shares = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1)
+            means.append(shares[:, 1:, 0].mean())
+        return torch.stack(means).mean()
+
     # ------------------------------------------------------------------ a whole sequence
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         """Causal attention of a chunk to itself. Padding at the end of a row is seen by padding only."""
+        if self.window and positions.ragged:  # depth routing leaves gaps; a window counts positions, not tokens
+            index = positions.index.expand(q.shape[0], -1)
+            return self._sdpa(q, k, v, mask=self._visible(index, index))
         if self.window and q.shape[2] > self.window:
             return self._windowed(q, k, v)
         return self._sdpa(q, k, v, causal=True)
@@ -167,13 +216,13 @@ class Attention(nn.Module):
             cache.v[:, :, start:stop] = v
             old, cache = cache, replace(cache, used=stop)
             if start == 0:
-                return self._whole(q, k, v), cache
+                return self._whole(q, k, v, positions), cache
             mask = None if steps == 1 else torch.ones(steps, stop, dtype=torch.bool, device=q.device).tril(start)
             return self._attend(q, old.k[:, :, :stop], old.v[:, :, :stop], mask), cache
         batch = q.shape[0]
         index, cache = positions.index.expand(batch, -1), cache.unaligned()
         if cache.used == 0:
-            return self._whole(q, k, v), cache.write(k, v, index, ring=bool(self.window))
+            return self._whole(q, k, v, positions), cache.write(k, v, index, ring=bool(self.window))
         if self.window and steps > MARGIN:  # writing first would overwrite what the chunk's first tokens must see
             assert cache.positions is not None
             n = cache.used

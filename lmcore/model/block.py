@@ -18,6 +18,9 @@ from lmcore.model.attention import Attention
 from lmcore.model.config import LayerKind, ModelConfig
 from lmcore.model.feedforward import SwiGLU
 from lmcore.model.layers import RMSNorm
+from lmcore.model.mamba import Mamba
+from lmcore.model.moe import MoE
+from lmcore.model.resonance import Resonance
 from lmcore.model.rotary import Positions
 
 Aux = tuple[Any, ...]
@@ -30,16 +33,21 @@ def mixer_for(config: ModelConfig, letter: str) -> nn.Module:
         return Attention(config)
     if letter == "W":
         return Attention(config, window=config.window)
-    raise NotImplementedError(letter)
+    if letter == "M":
+        return Mamba(config)
+    if letter == "R":
+        return Mamba(config, routed=True)
+    assert letter == "F"
+    return Resonance(config)
 
 
 def feed_forward_for(config: ModelConfig, letter: str) -> nn.Module | None:
     """The feed-forward of a letter; None for "-"."""
     if letter == "d":
         return SwiGLU(config.d_model, config.d_ff, residual_scale=(2 * config.num_layers) ** -0.5)
-    if letter == "-":
-        return None
-    raise NotImplementedError(letter)
+    if letter == "e":
+        return MoE(config, residual_scale=(2 * config.num_layers) ** -0.5)
+    return None
 
 
 class Block(nn.Module):
@@ -62,5 +70,8 @@ class Block(nn.Module):
         x = x + (y if self.dropout is None else self.dropout(y))
         if self.ffn is not None and self.ffn_norm is not None:
             y = self.ffn(self.ffn_norm(x))
+            if isinstance(self.ffn, MoE):
+                y, stats = y
+                aux = (*aux, stats)
             x = x + (y if self.dropout is None else self.dropout(y))
         return x, state, aux

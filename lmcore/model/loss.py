@@ -30,11 +30,12 @@ IGNORE = -100
 """A target that is not counted."""
 
 CHUNK_BYTES = {"cpu": 8 << 20}
-"""Bytes of fp32 logits in one chunk, by device type. On a CPU a chunk that fits the cache is faster than all logits at once
-(4096 tokens, width 256, 8192 ids, 2 cores, torch 2.13: bf16 120 ms against 267, fp32 349 against 496)."""
+"""Bytes of fp32 logits in one chunk, by device type. On a CPU a chunk that fits the cache is faster than all logits at
+once (4096 tokens, width 256, 8192 ids, 2 cores, torch 2.13: bf16 120 ms against 267, fp32 349 against 496)."""
 OTHER_CHUNK_BYTES = 512 << 20
 COMPILED_BYTES = 1 << 30
-"""A compiled graph fuses the softmax by itself and would unroll the chunks: it works in chunks beyond this size only."""
+"""A compiled graph fuses the softmax by itself and would unroll the chunks: it works in chunks beyond this size
+only."""
 
 
 @dataclass(frozen=True)

@@ -71,3 +71,18 @@ class DecodeState:
             None if self.lengths is None else self.lengths.index_select(0, rows),
             self.max_length,
         )
+
+    @staticmethod
+    def concatenate(states: Sequence[DecodeState]) -> DecodeState:
+        """The rows of several states of one model as one batch; their max_length must be equal."""
+        aligned = all(s.lengths is None and s.length == states[0].length for s in states)
+        layers = [type(parts[0]).concatenate(parts) for parts in zip(*(s.layers for s in states), strict=True)]
+        lengths = None if aligned else torch.cat([_row_lengths(s) for s in states])
+        return DecodeState(layers, max(s.length for s in states), lengths, states[0].max_length)
+
+
+def _row_lengths(state: DecodeState) -> Tensor:
+    if state.lengths is not None:
+        return state.lengths
+    some: Tensor = state.layers[0]._tensors()[0][1]
+    return torch.full((some.shape[0],), state.length, device=some.device)
