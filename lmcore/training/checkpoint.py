@@ -274,7 +274,7 @@ def load_model(
 
     checkpoint = resolve(path, skipped=skipped)
     config = read_run_config(checkpoint / CONFIG)
-    state = storage.read_json(checkpoint / STATE)
+    state = storage.read_json(checkpoint / STATE, follow_links=False)
     if not isinstance(state, dict):
         raise LmError(f"{checkpoint / STATE}: an object is expected.", code=Exit.DATA)
     model = LanguageModel(config.model)

@@ -2,15 +2,16 @@
 
     defaults < preset or YAML file < --set a.b=c < flags
 
-A raw configuration is a nested dict until `complete` has looked at the data (the vocabulary comes from the tokenizer, the
-validation set from the view beside the training set) and made a frozen `RunConfig` of it. That one is saved in the run
-directory and in every checkpoint, without a None that the run would have to guess again.
+A raw configuration is a nested dict until `complete` has looked at the data (the vocabulary comes from the tokenizer,
+the validation set from the view beside the training set) and made a frozen `RunConfig` of it. That one is saved in the
+run directory and in every checkpoint, without a None that the run would have to guess again.
 
 Settings fall into three classes when a run is continued:
 
     identity    what the weights mean: architecture, data order, seed, kind of optimizer. Another value is another run.
-    schedule    what the next step does: learning rates, batch, length, dtype. Changed only with --override, and recorded.
-    free        how the work is done: device, micro-batch, evaluation, checkpoints, logging. May change at any time.
+    schedule    what the next step does: learning rates, batch, length, dtype. Changed only with --override, and
+    recorded. free        how the work is done: device, micro-batch, evaluation, checkpoints, logging. May change at
+    any time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class DataConfig(Config):
     """What to train on."""
 
     train: tuple[Source, ...] = (Source(path="shards/stdlib"),)
-    """Training sets: a path, or {path: weight, ...} for a mixture. Of a set that was split, its train/ view is taken."""
+    """Training sets: a path, or {path: weight, ...} for a mixture. Of a set that was split, its train/ view is
+    taken."""
     val: tuple[str, ...] | None = None
     """Validation sets. None: the val/ view beside each training set; []: no validation."""
     order: Literal["epoch", "random"] = "epoch"
@@ -161,7 +163,8 @@ class TrainConfig(Config):
     device: str = "auto"
     """cpu, cuda, cuda:N, mps; auto takes what is there."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the arithmetic; weights and optimizer stay fp32. auto: bf16 where the machine is fast at it, else fp32."""
+    """Type of the arithmetic; weights and optimizer stay fp32. auto: bf16 where the machine is fast at it, else
+    fp32."""
     tf32: bool = True
     """Let fp32 matrix products use TF32 on GPUs that have it."""
     compile: bool | Literal["auto"] = "auto"

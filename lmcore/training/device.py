@@ -1,8 +1,8 @@
 """The machine: which device, which arithmetic, how reproducible, and a fingerprint of it all.
 
-Bits of a training run depend on more than the configuration: the version of torch, the CPU's instruction set, the number of
-threads and the device. `fingerprint` records them in every checkpoint; a run that is continued where they are equal
-gives the same bits as one that was never interrupted, and one where they differ is told so.
+Bits of a training run depend on more than the configuration: the version of torch, the CPU's instruction set, the
+number of threads and the device. `fingerprint` records them in every checkpoint; a run that is continued where they
+are equal gives the same bits as one that was never interrupted, and one where they differ is told so.
 """
 
 from __future__ import annotations

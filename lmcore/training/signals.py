@@ -1,7 +1,7 @@
 """Signals and the clock: why a run should stop, asked between two pieces of work.
 
-The first SIGINT, SIGTERM or SIGUSR1 only sets a flag; the loop finishes its step, saves and leaves. The second one of any
-kind ends the process at once, which is safe because every file on disk is complete or absent.
+The first SIGINT, SIGTERM or SIGUSR1 only sets a flag; the loop finishes its step, saves and leaves. The second one of
+any kind ends the process at once, which is safe because every file on disk is complete or absent.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Stop:
 
 @contextlib.contextmanager
 def caught(stop: Stop) -> Iterator[None]:
-    """Route SIGINT, SIGTERM and SIGUSR1 to `stop`. Outside the main thread, where Python allows no handler, do nothing."""
+    """Route SIGINT, SIGTERM and SIGUSR1 to `stop`. Outside the main thread, where Python allows no handler, do
+    nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

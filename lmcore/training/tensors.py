@@ -147,7 +147,7 @@ def read_tensor(file: IO[bytes], entry: TensorEntry, path: str) -> Tensor:
     """One tensor of an opened file."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if entry.bytes:
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         file.seek(entry.start)
         while view:
             count = file.readinto(view)  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ def test_every_flipped_byte_is_found(tmp_path, name):
 def test_missing_extra_and_truncated_files_are_named(tmp_path):
     path = save(tmp_path, snapshot(3))
     (path / "stale.safetensors").write_bytes(b"x")
-    with pytest.raises(LmError, match="stale.safetensors does not belong here"):
+    with pytest.raises(LmError, match=r"stale\.safetensors does not belong here"):
         verify(path)
     (path / "stale.safetensors").unlink()
     with open(path / "model.safetensors", "ab") as file:
@@ -63,7 +63,7 @@ def test_missing_extra_and_truncated_files_are_named(tmp_path):
     with pytest.raises(LmError, match=r"model.safetensors: 100 bytes, COMMIT.json says"):
         verify(path)
     (path / "model.safetensors").unlink()
-    with pytest.raises(LmError, match="model.safetensors is missing"):
+    with pytest.raises(LmError, match=r"model\.safetensors is missing"):
         verify(path)
 
 

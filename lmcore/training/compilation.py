@@ -1,0 +1,63 @@
+"""torch.compile for a step: when it pays, a warm-up that is timed apart, and a fallback that is said.
+
+The decision is a function of the configuration and the device, never of a measurement, because compiled and eager
+arithmetic differ in their last bits and a continued run must decide alike. Models of up to eight layers are compiled
+as one graph; deeper ones block by block, which compiles one block instead of all.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lmcore.errors import LmError
+from lmcore.model.model import LanguageModel
+from lmcore.training.batches import StepBatch
+from lmcore.training.config import RunConfig
+from lmcore.training.parallel import World
+from lmcore.training.step import Stepper
+
+WHOLE_GRAPH_LAYERS = 8
+CPU_MIN_FLOPS = 3e13
+"""On a CPU compiling takes 15 to 40 s and then saves about a quarter of the time; runs below this never win it back."""
+
+
+def wants_compile(config: RunConfig, device: torch.device) -> bool:
+    """Whether "auto" means yes: on CUDA, and on a CPU when the run is long."""
+    if device.type == "cuda":
+        return True
+    if device.type != "cpu":
+        return False
+    model = config.model
+    matrices = model.num_layers * (4 * model.d_model**2 + 3 * model.d_model * model.d_ff)
+    matrices += model.vocab_size * model.d_model
+    return 6.0 * matrices * config.total_steps * config.train.batch_tokens >= CPU_MIN_FLOPS
+
+
+def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world: World) -> tuple[float, str]:
+    """Compile and warm up on a real batch without changing any state; (seconds, "" or why it failed).
+
+    After a failure the stepper runs eagerly. All ranks fall back together.
+    """
+    began = time.monotonic()
+    eager = stepper.forward
+    problem = ""
+    try:
+        if model.config.num_layers <= WHOLE_GRAPH_LAYERS:
+            stepper.forward = torch.compile(eager, dynamic=False)
+        else:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        stepper.warm_up(batch)
+    except (LmError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the compiler or a missing C++ toolchain throws
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if world.maximum(int(bool(problem))):
+        problem = problem or "another rank could not compile"
+        stepper.forward = eager
+        for block in model.blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()
+    return time.monotonic() - began, problem

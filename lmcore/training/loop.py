@@ -1,0 +1,684 @@
+"""The training loop.
+
+    train(launch)            start or continue the run that launch.prepare decided on; returns why it ended
+
+One pass of the loop is one step (step.py) between two polls of the signals: batch from the loader thread, gradients,
+the guard's verdict, update, log; then validation and checkpoint at their intervals. A run ends when its steps are
+done, when a signal or the clock says so (after saving), or when it has diverged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lmcore import storage
+from lmcore.errors import Exit, LmError
+from lmcore.model.model import LanguageModel
+from lmcore.optim.optimizer import Optimizer, build_optimizer
+from lmcore.training import checkpoint, parallel, rundir, signals
+from lmcore.training import device as machine
+from lmcore.training.batches import Loader, Shape, StepBatch
+from lmcore.training.checkpoint import Snapshot
+from lmcore.training.compilation import compile_step, wants_compile
+from lmcore.training.config import RunConfig, differences
+from lmcore.training.data import RunData, data_identity, open_data, refuse_changed_data
+from lmcore.training.guards import Guard, LossScale
+from lmcore.training.lanes import choose_lanes
+from lmcore.training.launch import Launch
+from lmcore.training.observe import SILENT, Observer, RunInfo
+from lmcore.training.parallel import World
+from lmcore.training.step import StepNumbers, Stepper
+from lmcore.training.tensors import read_tensors
+from lmcore.training.tracking import Trackers
+from lmcore.training.validation import validate
+from lmcore.training.writer import CheckpointWriter
+
+Reason = Literal["finished", "nothing to do", "signal", "time"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    run_dir: Path
+    reason: Reason
+    step: int
+    total_steps: int
+    checkpoint: Path | None
+    signal: int = 0
+    """Number of the signal that ended the run."""
+    loss: float | None = None
+    """Mean training loss of the last steps, nats per token."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """Last validation: loss, bits_per_byte, and per source when there are several."""
+    tokens_per_s: float | None = None
+    seconds: float = 0.0
+    save_s: float = 0.0
+
+
+def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
+    """Run until the end, a signal or the time limit. Raises LmError (70) when the run diverges, 75 when it is
+    locked."""
+    config = launch.config
+    device = machine.resolve_device(config.train.device)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(parallel.joined(device))
+        told = observer if world.main else SILENT
+        stop = signals.Stop(config.train.max_minutes, told=told.note)
+        stack.enter_context(signals.caught(stop))
+        deterministic = config.train.deterministic
+        stack.enter_context(
+            machine.numerics(
+                deterministic=world.device.type == "cpu" if deterministic == "auto" else deterministic,
+                tf32=config.train.tf32,
+                threads=config.train.threads,
+            )
+        )
+        run = stack.enter_context(rundir.opened(launch.run_dir, lock=world.main))
+        world.barrier()
+        with _out_of_memory(config):
+            return _Run(launch, run, world, stop, told).go()
+
+
+def resolve(config: RunConfig, device: torch.device, world_size: int = 1) -> RunConfig:
+    """The configuration with every "auto" decided for this machine."""
+    train = config.train
+    dtype, _ = machine.resolve_dtype(train.dtype, device)
+    rows = config.rows
+    reduce = train.reduce if train.reduce != "auto" else ("exact" if device.type == "cpu" else "fast")
+    if reduce == "exact":
+        lanes = choose_lanes(rows, world_size) if train.lanes == "auto" else train.lanes
+    else:
+        lanes = world_size
+    if rows % lanes or lanes % world_size:
+        raise LmError(
+            f"{rows} rows per step cannot be divided into {lanes} lanes for {world_size} ranks.",
+            hint=f"Choose train.batch_tokens as a multiple of {world_size * config.model.context_length:,}, and a "
+            "number of ranks that is a power of two.",
+        )
+    per_lane = rows // lanes
+    micro = train.micro_batch
+    if micro == "auto":
+        room = max(1, (8_192 if device.type == "cpu" else 65_536) // config.model.context_length)
+        micro = max(n for n in range(1, per_lane + 1) if per_lane % n == 0 and n <= max(room, 1))
+    elif per_lane % micro:
+        fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
+        raise LmError(
+            f"train.micro_batch = {micro} does not divide the {per_lane} rows of a lane ({rows} rows per step, {lanes} "
+            f"lanes).",
+            hint=f"Possible: {', '.join(map(str, fits))}.",
+        )
+    names = {value: name for name, value in machine.DTYPES.items()}
+    return config.model_copy(
+        update={
+            "train": train.model_copy(
+                update={
+                    "dtype": names[dtype],
+                    "reduce": reduce,
+                    "lanes": lanes,
+                    "micro_batch": micro,
+                    "compile": wants_compile(config, device) if train.compile == "auto" else train.compile,
+                }
+            )
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------- one run
+
+
+class _Run:
+    """The parts of a run and its position. Lives as long as `train`."""
+
+    def __init__(
+        self, launch: Launch, run: rundir.RunDirectory, world: World, stop: signals.Stop, observer: Observer
+    ) -> None:
+        self.launch, self.run, self.world, self.stop, self.observer = launch, run, world, stop, observer
+        _, self.dtype_reason = machine.resolve_dtype(launch.config.train.dtype, world.device)
+        self.config = config = resolve(launch.config, world.device, world.size)
+        train = config.train
+        assert isinstance(train.lanes, int)
+        assert isinstance(train.micro_batch, int)
+        self.total = config.total_steps
+        self.step, self.sample = 0, 0
+        self.rollbacks = 0
+        self.guard = Guard(train.guard)
+        self.scale = LossScale(train.dtype == "fp16")
+        self.shape = Shape(config.rows, train.lanes, train.micro_batch)
+        self.validation: dict[str, Any] = {}
+        self.validated_at = -1
+        self.data: RunData
+        self.model: LanguageModel
+        self.optimizer: Optimizer
+        self.stepper: Stepper
+        self.writer: CheckpointWriter
+        self.trackers = Trackers()
+        self._recent: list[tuple[float, float]] = []  # (loss, tokens per second) of the last steps
+        self._began = time.monotonic()
+
+    # ------------------------------------------------------------------------------------ life of a run
+
+    def go(self) -> RunResult:
+        saved = self._saved_state()
+        if saved is not None and saved["step"] >= self.total:
+            self.step = saved["step"]
+            self.validation = saved.get("validation") or {}
+            return self._result("nothing to do", self.launch.checkpoint)
+        identity = data_identity(self.config, self.launch.sets)
+        if saved is not None:
+            refuse_changed_data(saved, identity, str(self.launch.run_dir))
+        self.data = open_data(self.config, self.launch.sets)
+        self._build()
+        if saved is not None:
+            self._restore(saved)
+        if self.world.main:
+            self._open_run(saved)
+        self.trackers = Trackers.make(self.config, self.run.path, self.observer.warn) if self.world.main else Trackers()
+        keep = self.config.train.checkpoint
+        self.writer = CheckpointWriter(
+            self.run.checkpoints,
+            keep=keep.keep,
+            keep_every=keep.keep_every,
+            background=keep.background,
+            before_commit=self.run.flush,
+            known=() if self.launch.checkpoint is None else (self.step,),
+        )
+        self.observer.started(self._info())
+        try:
+            return self._loop()
+        finally:
+            self.writer.wait()
+            self.trackers.close()
+
+    def _build(self) -> None:
+        config, train = self.config, self.config.train
+        self.model = LanguageModel(config.model)
+        self.model.init_weights(train.seed)
+        self.model.to(self.world.device)
+        compute = machine.DTYPES[train.dtype]
+        self.model.compute_dtype = None if compute is torch.float32 else compute
+        every = {"none": 0, "selective": 2, "full": 1}[train.activation_checkpointing]
+        self.model.checkpoint_every = every
+        self.model.train()
+        self.optimizer = build_optimizer(self.model.parameter_table(), config.optim, total_steps=self.total)
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            self.world,
+            self.shape,
+            seed=train.seed,
+            exact=train.reduce == "exact",
+            scale=self.scale,
+        )
+
+    def _open_run(self, saved: dict[str, Any] | None) -> None:
+        """Write the directory of a new run, or cut the log of a continued one. The disk must have room first."""
+        keep = self.config.train.checkpoint
+        size = self._snapshot().bytes()
+        if keep.space_check:
+            have = sum(1 for _ in checkpoint.steps_on_disk(self.run.checkpoints))
+            storage.require_free_space(
+                self.run.path, max(1, keep.keep + 1 - have) * size, f"{keep.keep + 1} checkpoints of this model"
+            )
+        if not self.launch.exists:
+            self.run.create(self.config, self.launch.sets.tokenizer)
+            self.run.event("start", config="config.yaml", fingerprint=self._fingerprint())
+        else:
+            storage.make_directory(self.run.checkpoints)
+            self.run.cut_metrics(self.step)
+            self.run.event(
+                "resume",
+                step=self.step,
+                changes=[{"setting": k, "before": b, "after": a} for k, b, a in self.launch.changes],
+                fingerprint=self._fingerprint(),
+            )
+        for note in self.launch.notes:
+            self.observer.note(note)
+        if saved is not None:
+            before, now = saved.get("fingerprint", {}), self._fingerprint()
+            differing = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
+            if differing:
+                self.observer.warn(f"the run continues, but not bit for bit as it would have: {'; '.join(differing)}.")
+
+    def _loop(self) -> RunResult:
+        train = self.config.train
+        reason = self.stop.reason()
+        with self._loader() as first_loader:
+            loader = first_loader
+            batches = iter(loader)
+            if not reason and train.compile:
+                first = next(batches)
+                self._compile(first)
+                batches = _chained(first, batches)
+            while self.step < self.total and not reason:
+                batch, waited = _timed_next(batches)
+                outcome = self._one_step(batch, waited)
+                if outcome == "rollback":
+                    loader.close()
+                    self._roll_back(batch)
+                    loader = self._loader()
+                    batches = iter(loader)
+                    continue
+                if self.step == self._first + 1:
+                    _freeze_garbage()
+                reason = self._after_step(outcome == "stop")
+            loader.close()
+        gc.unfreeze()
+        gc.enable()
+        if not reason:
+            self._validate()
+        failure = self._save(wait=True)
+        if failure is not None:
+            raise LmError(
+                f"the last checkpoint could not be saved: {failure.message}", hint=failure.hint, code=failure.code
+            )
+        if self.world.main:
+            kind = "finish" if not reason else "stop"
+            self.run.event(kind, step=self.step, **({"reason": reason, "signal": self.stop.number} if reason else {}))
+        saved = self.writer.saved
+        path = saved[1] if saved is not None else self.run.checkpoints / checkpoint.step_name(self.step)
+        return self._result("finished" if not reason else reason, path)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------ one step
+
+    def _one_step(self, batch: StepBatch, waited: float) -> Literal["go", "stop", "rollback"]:
+        """Gradients, verdict, update, log. The step counts also when its update was left out."""
+        began = time.perf_counter()
+        numbers = self.stepper.gradients(batch, stop=bool(self.stop.reason()))
+        explained = self.scale.update(numbers.finite)
+        verdict = "bad" if explained else self.guard.judge(self.step, numbers.loss, numbers.grad_norm)
+        action = self._decide(verdict, batch, numbers)
+        if action == "rollback":
+            return "rollback"
+        if action == "update":
+            self.stepper.update(self.step, self.config.optim.clip)
+        seconds = time.perf_counter() - began
+        self.step += 1
+        self.sample = batch.first_sample + self.shape.rows
+        self._log(numbers, batch, seconds + waited, waited, skipped=action != "update")
+        return "stop" if numbers.stop else "go"
+
+    def _decide(self, verdict: str, batch: StepBatch, numbers: StepNumbers) -> Literal["update", "skip", "rollback"]:
+        """What to do about a step, and the words for it."""
+        where = f"step {self.step + 1}, samples {batch.first_sample:,} to {batch.first_sample + self.shape.rows - 1:,}"
+        if verdict == "ok":
+            return "update"
+        if verdict in ("bad", "diverged"):
+            self._event("bad step", step=self.step + 1, first_sample=batch.first_sample, loss=repr(numbers.loss))
+            if verdict == "diverged":
+                raise LmError(
+                    f"the run has diverged: {where} is one too many with a loss or gradient that is not finite "
+                    f"(train.guard: {self.guard.config.bad_in_a_row} in a row or {self.guard.config.bad_in_1000} in "
+                    "1,000). None of them reached the weights.",
+                    hint=f"Lower the learning rate: lm train --resume {self.run.path} --override optim.lr=...",
+                    code=Exit.DIVERGED,
+                )
+            self.observer.warn(f"{where}: the loss or a gradient is not finite; the update is left out.")
+            return "skip"
+        what = f"{where}: the loss {numbers.loss:.3f} is a spike (z = {self.guard.score(numbers.loss):.1f})"
+        on = self.guard.config.on_spike
+        self._event("spike", step=self.step + 1, first_sample=batch.first_sample, loss=numbers.loss, action=on)
+        if on == "skip":
+            self.observer.warn(f"{what}; the update is left out.")
+            return "skip"
+        if on == "rollback" and self.rollbacks < self.guard.config.max_rollbacks:
+            self.observer.warn(f"{what}; rolling back.")
+            return "rollback"
+        if on in ("stop", "rollback"):
+            raise LmError(
+                f"{what}; the run stops (train.guard.on_spike = {on}, {self.rollbacks} rollbacks so far).",
+                hint=f"Look at the data of these samples, then: lm train --resume {self.run.path}",
+                code=Exit.DIVERGED,
+            )
+        self.observer.warn(f"{what}.")
+        return "update"
+
+    def _after_step(self, stop: bool) -> str:
+        """Validation and checkpoint when they are due; the reason to leave, "" to go on."""
+        train = self.config.train
+        reason = ""
+        if stop or (self.world.size == 1 and self.stop.reason()):
+            reason = self.stop.reason() or "signal"
+        last = self.step >= self.total
+        if not reason and not last and train.eval.every_steps and self.step % train.eval.every_steps == 0:
+            self._validate()
+            if self.world.size == 1:
+                reason = self.stop.reason()
+        every = train.checkpoint.every_steps
+        if not reason and not last and every and self.step % every == 0:
+            failure = self._save(wait=False)
+            if failure is not None:
+                self.observer.warn(f"a checkpoint could not be saved, training goes on: {failure}")
+        return reason
+
+    # ------------------------------------------------------------------------------------ parts
+
+    def _loader(self) -> Loader:
+        self._first = self.step
+        return Loader(
+            self.data.samples,
+            self.shape,
+            vocab_size=self.config.model.vocab_size,
+            step=self.step,
+            sample=self.sample,
+            steps=self.total,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            prefetch=self.config.train.prefetch,
+            pin=self.world.device.type == "cuda",
+        )
+
+    def _compile(self, batch: StepBatch) -> None:
+        self.observer.phase("compiling")
+        seconds, problem = compile_step(self.stepper, self.model, batch, self.world)
+        self.observer.phase("")
+        if problem:
+            self.observer.warn(f"torch.compile failed, the run goes on without it: {problem}")
+            self._event("compile failed", problem=problem)
+        else:
+            self.observer.note(f"compiled in {seconds:.1f} s")
+
+    def _validate(self) -> None:
+        if self.validated_at == self.step or not self.data.val:
+            return
+        self.observer.phase("validating")
+        began = time.perf_counter()
+        results = {}
+        for name, stream in self.data.val.items():
+            with torch.compiler.set_stance("force_eager"):
+                found = validate(
+                    self.model,
+                    stream,
+                    world=self.world,
+                    max_tokens=self.config.train.eval.tokens,
+                    batch_rows=self.shape.micro,
+                    byte_lengths=self.data.byte_lengths,
+                    stopped=lambda: bool(self.stop.number),
+                )
+            if found is None:
+                self.observer.phase("")
+                return
+            results[name] = found
+        tokens = sum(v.tokens for v in results.values())
+        record: dict[str, Any] = {
+            "step": self.step,
+            "kind": "val",
+            "loss": sum(v.loss * v.tokens for v in results.values()) / tokens,
+            "tokens": tokens,
+        }
+        if all(v.bits_per_byte is not None for v in results.values()):
+            # Pooled over the sources: bits and bytes are summed, not averaged.
+            size = sum(v.loss * v.tokens / math.log(2) / v.bits_per_byte for v in results.values() if v.bits_per_byte)
+            record["bits_per_byte"] = sum(v.loss * v.tokens for v in results.values()) / math.log(2) / size
+        if len(results) > 1:
+            record["sources"] = {n: {"loss": v.loss, "bits_per_byte": v.bits_per_byte} for n, v in results.items()}
+        self.validation = {key: record[key] for key in ("loss", "bits_per_byte", "sources") if key in record}
+        self.validated_at = self.step
+        if self.world.main:
+            record = _finite(record) | {"seconds": time.perf_counter() - began}
+            self.run.log(record)
+            self.trackers.log(record)
+            self.observer.validated(record)
+        self.observer.phase("")
+        gc.collect()
+
+    def _log(self, numbers: StepNumbers, batch: StepBatch, seconds: float, waited: float, *, skipped: bool) -> None:
+        tokens_per_s = self.config.train.batch_tokens / seconds
+        self._recent = [*self._recent[-19:], (numbers.loss, tokens_per_s)]
+        if not self.world.main:
+            return
+        record: dict[str, Any] = {
+            "step": self.step,
+            "kind": "train",
+            "tokens": self.sample * self.config.model.context_length,
+            "epoch": self.data.samples.epoch_of(self.sample),
+            "loss": numbers.loss,
+            "grad_norm": numbers.grad_norm,
+            "lr": self.optimizer.lr(self.step - 1),
+            "grad_norms": numbers.group_norms,
+        }
+        if numbers.terms:
+            record["terms"] = numbers.terms
+        if numbers.metrics:
+            record["metrics"] = numbers.metrics
+        if self.scale.enabled:
+            record["loss_scale"] = self.scale.scale
+        if skipped:
+            record["skipped"] = True
+        record["time"] = {
+            "step_s": seconds,
+            "tokens_per_s": tokens_per_s,
+            "data_wait_s": waited,
+            "read_s": batch.read_s,
+            "gradients_s": self.stepper.times.gradients,
+            "optimizer_s": self.stepper.times.optimizer,
+            "peak_bytes": machine.peak_memory(self.world.device),
+        }
+        record = _finite(record)
+        self.run.log(record)
+        self.trackers.log(record)
+        self.observer.step(record)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self.world.main:
+            self.run.event(kind, **fields)
+
+    # ------------------------------------------------------------------------------------ saving and restoring
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            step=self.step,
+            model=checkpoint.model_tensors(self.model),
+            optimizer=self.optimizer.state_tensors(),
+            state={
+                "step": self.step,
+                "samples": self.sample,
+                "tokens": self.sample * self.config.model.context_length,
+                "optimizer": self.optimizer.fingerprint(),
+                "guard": self.guard.state(),
+                "loss_scale": self.scale.state(),
+                "rollbacks": self.rollbacks,
+                "validation": _finite(self.validation),
+                "fingerprint": self._fingerprint(),
+                "world_size": self.world.size,
+                **data_identity(self.config, self.launch.sets),
+            },
+            config=self.config.to_yaml().encode(),
+            tokenizer=self.launch.sets.tokenizer,
+        )
+
+    def _save(self, *, wait: bool) -> LmError | None:
+        """Save the present step; the failure of this or an earlier save, None when all is well. Main rank only."""
+        if not self.world.main:
+            return None
+        before = self.writer.saved
+        if before is not None and before[0] == self.step:
+            return self.writer.wait()
+        self.observer.phase("saving")
+        failure = self.writer.save(self._snapshot(), wait=wait)
+        self.observer.phase("")
+        after = self.writer.saved
+        if after is not None and after != before:
+            self.observer.saved(after[0], after[1], self.writer.write_s)
+        self.stop.reserve_s = 1.5 * (self.writer.write_s + self.writer.stall_s) + 2.0
+        return failure
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        if self.launch.checkpoint is None:
+            return None
+        state = storage.read_json(self.launch.checkpoint / checkpoint.STATE, follow_links=False)
+        assert isinstance(state, dict)
+        return state
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        folder = self.launch.checkpoint
+        assert folder is not None
+        if saved.get("optimizer") != self.optimizer.fingerprint():
+            raise LmError(
+                f"{folder}: the parameter groups of the optimizer are not those that the run began with.",
+                hint="This version of the program builds the model differently; start a new run with --out.",
+                code=Exit.DATA,
+            )
+        self._load(folder, saved)
+
+    def _load(self, folder: Path, saved: dict[str, Any]) -> None:
+        checkpoint.load_weights(self.model, folder / checkpoint.MODEL)
+        self.optimizer.load_state_tensors(read_tensors(folder / checkpoint.OPTIMIZER))
+        self.step, self.sample = int(saved["step"]), int(saved["samples"])
+        if self.config.train.batch_tokens and self.sample * self.config.model.context_length != saved["tokens"]:
+            raise LmError(f"{folder / checkpoint.STATE}: samples and tokens disagree.", code=Exit.DATA)
+        self.guard.load(saved.get("guard", {}))
+        self.scale.load(saved.get("loss_scale", {}))
+        self.rollbacks = int(saved.get("rollbacks", 0))
+        self.validation = saved.get("validation") or {}
+
+    def _roll_back(self, batch: StepBatch) -> None:
+        """Return to an older checkpoint and leave out the data around the spike."""
+        guard = self.guard.config
+        self.writer.wait()
+        steps = [
+            path
+            for path in checkpoint.steps_on_disk(self.run.checkpoints)
+            if (checkpoint.step_of(path) or 0) <= self.step - guard.rollback_steps and checkpoint.is_sound(path)
+        ]
+        if not steps:
+            raise LmError(
+                f"a spike at step {self.step + 1}, and no checkpoint is at least {guard.rollback_steps} steps older.",
+                hint="Save more often (train.checkpoint.every_steps), or use --set train.guard.on_spike=skip.",
+                code=Exit.DIVERGED,
+            )
+        target, spiked = steps[0], self.step
+        saved = storage.read_json(target / checkpoint.STATE, follow_links=False)
+        after = batch.first_sample + guard.skip_steps * self.shape.rows
+        rollbacks = self.rollbacks + 1
+        if self.world.main:
+            for path in checkpoint.steps_on_disk(self.run.checkpoints):
+                if (checkpoint.step_of(path) or 0) > saved["step"]:
+                    storage.delete_directory(path)  # they belong to the course that is given up
+            self.run.cut_metrics(int(saved["step"]))
+        self._load(target, saved)
+        self.sample, self.rollbacks = after, rollbacks
+        self.writer.saved = None
+        self.writer.verified = {s for s in self.writer.verified if s <= self.step}
+        self._event("rollback", spike_at=spiked + 1, back_to=self.step, next_sample=after)
+        self.observer.note(f"back at step {self.step:,}; {guard.skip_steps:,} steps of data are left out")
+        if self.world.main:  # the decision must survive a kill: save it under a step of its own
+            storage.delete_directory(target)
+            failure = self.writer.save(self._snapshot(), wait=True)
+            if failure is not None:
+                raise failure
+        self.world.barrier()
+
+    # ------------------------------------------------------------------------------------ words
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return machine.fingerprint(self.world.device) | {
+            "compile": bool(self.config.train.compile),
+            "dtype": self.config.train.dtype,
+            "reduce": self.config.train.reduce,
+            "lanes": self.shape.lanes,
+            "micro_batch": self.shape.micro,
+            "world_size": 1 if self.config.train.reduce == "exact" else self.world.size,
+        }
+
+    def _info(self) -> RunInfo:
+        config, train = self.config, self.config.train
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return RunInfo(
+            run_dir=self.run.path,
+            total_steps=self.total,
+            first_step=self.step,
+            batch_tokens=train.batch_tokens,
+            context_length=config.model.context_length,
+            device=machine.device_name(self.world.device) if self.world.device.type != "cpu" else "cpu",
+            dtype=train.dtype,
+            dtype_reason=self.dtype_reason,
+            compiled=bool(train.compile),
+            world_size=self.world.size,
+            parameters=parameters,
+            active_parameters=parameters,
+            train_tokens=self.data.n_tokens,
+            groups=[dict(row) for row in self.optimizer.table()],
+            log_every=train.log.every_steps,
+        )
+
+    def _result(self, reason: Reason, path: Path | None) -> RunResult:
+        finite = [loss for loss, _ in self._recent if math.isfinite(loss)]
+        speeds = sorted(speed for _, speed in self._recent)
+        return RunResult(
+            run_dir=self.run.path,
+            reason=reason,
+            step=self.step,
+            total_steps=self.total,
+            checkpoint=path,
+            signal=self.stop.number,
+            loss=sum(finite) / len(finite) if finite else None,
+            validation=self.validation,
+            tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
+            seconds=time.monotonic() - self._began,
+            save_s=self.writer.write_s if hasattr(self, "writer") else 0.0,
+        )
+
+
+# ---------------------------------------------------------------------------------------- small parts
+
+
+def _timed_next(batches: Iterator[StepBatch]) -> tuple[StepBatch, float]:
+    began = time.perf_counter()
+    batch = next(batches)
+    return batch, time.perf_counter() - began
+
+
+def _chained(first: StepBatch, rest: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    yield first
+    yield from rest
+
+
+def _freeze_garbage() -> None:
+    """The objects of the set-up live as long as the run: looking at them again costs half a second each time."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def _out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Answer an exhausted memory with what can be done about it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "out of memory" not in text and "can't allocate memory" not in text:
+                raise
+        micro = config.train.micro_batch
+        raise LmError(
+            f"out of memory at a micro-batch of {micro} x {config.model.context_length:,} tokens "
+            f"({text.splitlines()[0]}).",
+            hint="In this order: a smaller --set train.micro_batch=N (the result stays the same), "
+            "--set train.activation_checkpointing=full, a shorter model.context_length, a smaller model. "
+            "See what fits with: lm train --dry-run",
+        ) from error
+
+
+__all__ = ["RunResult", "differences", "resolve", "train"]

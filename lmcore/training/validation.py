@@ -1,0 +1,81 @@
+"""Validation during training: nats per token and bits per byte over fixed windows of the validation streams.
+
+The windows lie side by side, so that every token but the first is predicted once; when a stream is longer than the
+limit, whole windows are taken at even distances. The same windows every time, no random numbers, nothing of the
+training's state touched. Bits per byte = sum of nats / ln 2 / raw bytes of the predicted tokens. `lm eval` does more
+(standard errors, loss by position); this is the part that a training run needs every few minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmcore.data.stream import TokenStream
+from lmcore.model.model import LanguageModel
+from lmcore.training.parallel import World
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The result on one stream."""
+
+    loss: float
+    bits_per_byte: float | None
+    tokens: int
+
+
+def window_starts(n_tokens: int, length: int, max_tokens: int) -> npt.NDArray[np.int64]:
+    """Starts of windows of `length` inputs that lie side by side; at most max_tokens / length of them, evenly
+    spread."""
+    starts = np.arange(0, n_tokens - length, length, dtype=np.int64)
+    wanted = max(1, max_tokens // length)
+    return starts if len(starts) <= wanted else starts[np.arange(wanted) * len(starts) // wanted]
+
+
+@torch.no_grad()
+def validate(
+    model: LanguageModel,
+    stream: TokenStream,
+    *,
+    world: World,
+    max_tokens: int,
+    batch_rows: int,
+    byte_lengths: npt.NDArray[np.int64] | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Score the stream; None when `stopped` said so on the way. The ranks share the windows."""
+    length = min(model.config.context_length, len(stream) - 1)
+    starts = window_starts(len(stream), length, max_tokens)[world.rank :: world.size]
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    training = model.training
+    model.eval()
+    halted = False
+    try:
+        for first in range(0, len(starts), batch_rows):
+            if stopped():
+                halted = True
+                break
+            tokens: npt.NDArray[Any] = stream.windows(starts[first : first + batch_rows], length + 1).astype(np.int64)
+            batch = torch.from_numpy(tokens).to(world.device)
+            term = model.loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).main
+            sums[0] += float(term.sum)
+            sums[1] += int(term.count)
+            if byte_lengths is not None:
+                sums[2] += int(byte_lengths[tokens[:, 1:]].sum())
+    finally:
+        model.train(training)
+    if world.maximum(int(halted)):
+        return None
+    sums = sums.to(world.device) if world.size > 1 else sums
+    world.sum_(sums)
+    nats, count, size = sums.tolist()
+    if not count:
+        return None
+    return Validation(nats / count, nats / math.log(2) / size if size else None, int(count))

@@ -1,0 +1,97 @@
+"""Writes checkpoints beside the training: the step waits for a copy in memory, a thread does the rest.
+
+One checkpoint is written at a time; a second one waits for the first. What goes wrong on the thread is reported at the
+next call: a failed periodic save is a warning, and training goes on with the older checkpoint; a failed final save is
+an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from lmcore.errors import LmError
+from lmcore.training import checkpoint
+from lmcore.training.checkpoint import Snapshot
+
+
+class CheckpointWriter:
+    """Saves snapshots into one directory and prunes the old ones."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        keep: int,
+        keep_every: int | None,
+        background: bool,
+        before_commit: Callable[[], None] = lambda: None,
+        known: tuple[int, ...] = (),
+    ) -> None:
+        """before_commit: called before a checkpoint is written (the log must be durable first). known: verified
+        steps."""
+        self._checkpoints, self._keep, self._keep_every = checkpoints, keep, keep_every
+        self._background, self._before_commit = background, before_commit
+        self._thread: threading.Thread | None = None
+        self._failure: LmError | None = None
+        self.verified: set[int] = set(known)
+        self.saved: tuple[int, Path] | None = None
+        """Step and directory of the last checkpoint that is on disk."""
+        self.stall_s = 0.0
+        """How long the last call of `save` kept the training waiting."""
+        self.write_s = 0.0
+        """How long the last checkpoint took to write."""
+
+    def save(self, snapshot: Snapshot, *, wait: bool = False) -> LmError | None:
+        """Save; returns the failure of this or (when in the background) of an earlier save, None if all is well."""
+        began = time.monotonic()
+        failure = self.wait()
+        if wait or not self._background:
+            self._write(snapshot)
+            failure = self.wait() or failure
+        else:
+            copy = replace(snapshot, model=_copied(snapshot.model), optimizer=_copied(snapshot.optimizer))
+            self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
+            self._thread.start()
+        self.stall_s = time.monotonic() - began
+        return failure
+
+    def wait(self) -> LmError | None:
+        """Wait for the save that is under way; its failure, if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _write(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
+        try:
+            self._before_commit()
+            path = checkpoint.save(self._checkpoints, snapshot)
+            checkpoint.verify(path)  # read back before anything older is deleted
+            self.verified.add(snapshot.step)
+            self.saved = (snapshot.step, path)
+            checkpoint.prune(self._checkpoints, keep=self._keep, keep_every=self._keep_every, known=self.verified)
+        except LmError as error:
+            self._failure = error
+        except OSError as error:
+            from lmcore.errors import from_os_error
+
+            self._failure = from_os_error(error, self._checkpoints, "write")
+        self.write_s = time.monotonic() - began
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the host that later steps do not touch."""
+    copies = {name: tensor.detach().to("cpu", copy=True, non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        import torch
+
+        torch.cuda.synchronize()
+    return copies
