@@ -167,6 +167,17 @@ _VERIFIED: dict[tuple[int, ...], str] = {}
 """Files that this process has hashed."""
 
 
+def remember(file: ShardFile, sha256: str) -> None:
+    """Somebody hashed this file already (validate reads every byte anyway)."""
+    _VERIFIED[file.key] = sha256
+
+
+def is_known(file: ShardFile, sha256: str | None = None) -> bool:
+    """Whether this process has hashed the file (and found this hash)."""
+    known = _VERIFIED.get(file.key)
+    return known is not None and sha256 in (None, known)
+
+
 def read_documents(directory: int, entry: ShardEntry, *, parent: bool = False) -> npt.NDArray[np.void]:
     """The document index of a shard, verified by hash: 1-D array of `DOCUMENT`."""
     if entry.docs_sha256 is None:

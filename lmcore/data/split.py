@@ -391,6 +391,7 @@ def _write_views(
     for name in stale:
         storage.delete_directory(path / name)
     report.removed = [name for name in stale if name not in wanted]
+    storage.fsync_directory(path)  # a killed run may have renamed a view without making the name durable
     for name, manifest in wanted.items():
         changed = not (path / name / MANIFEST).is_file()
         if changed:

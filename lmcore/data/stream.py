@@ -177,6 +177,11 @@ class TokenStream:
         tokens: npt.NDArray[Any] = self.windows(np.array([start]), stop - start)[0]
         return tokens
 
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard number in the manifest, flat offset in the shard) of a stream position."""
+        segment = int(np.searchsorted(self._ends, position, "right")) - 1
+        return int(self._shard[segment]), int(self._start[segment]) + position - int(self._ends[segment])
+
     def windows(
         self, starts: npt.ArrayLike, length: int, out: npt.NDArray[Any] | None = None, *, wrap: bool = False
     ) -> npt.NDArray[Any]:

@@ -1,0 +1,305 @@
+"""What kind of data a sound set holds: lengths, ids, decoded samples, what smells, and what it is good for.
+
+Ids are counted on windows spread evenly over the stream (all of it when it is small), document lengths on the index.
+Documents are chosen by content hash and decoded: for a byte-level tokenizer the bytes behind their tokens must hash to
+what the source recorded, which no wrong tokenizer, order or index survives.
+
+Left out: whether the files are sound (validate.py comes first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcore.data.manifest import Manifest, read_manifest
+from lmcore.data.provenance import StreamDocuments
+from lmcore.data.stream import TokenStream
+from lmcore.errors import LmError
+from lmcore.progress import Progress
+
+Add = Callable[..., None]
+
+SAMPLE_TOKENS = 4 << 20
+"""Ids counted for entropy and top ids."""
+_WINDOW = 16_384
+_DECODED = 64  # documents decoded and hashed at the default level
+_TOKENS_PER_PARAMETER = 20  # compute-optimal training (Hoffmann et al. 2022)
+_MODELS = (10e6, 30e6, 124e6, 350e6, 774e6, 1.5e9, 3e9, 7e9, 13e9, 30e9, 70e9)
+_NGRAM = 13
+
+
+@dataclass
+class Statistics:
+    """Figures about a stream; shares are between 0 and 1."""
+
+    length_quantiles: dict[str, int] = field(default_factory=dict)
+    """Tokens per document, EOS included, at these quantiles."""
+    bytes_per_token: float | None = None
+    eos_share: float | None = None
+    entropy_bits: float = 0.0
+    """Unigram entropy of the ids."""
+    distinct_ids: int = 0
+    sampled_tokens: int = 0
+    top_ids: list[tuple[int, float, str]] = field(default_factory=list)
+    """(id, share, text) of the most frequent ids."""
+    windows: list[tuple[int, str]] = field(default_factory=list)
+    """(position, decoded text) of three windows."""
+    decoded_documents: int = 0
+    """Documents whose text was proven to hash to the recorded content hash."""
+    duplicate_documents: int | None = None
+    seen_ngrams: dict[str, float] = field(default_factory=dict)
+    """Share of the 13-grams of each held-out view that occur in train (deep only)."""
+    advice: list[str] = field(default_factory=list)
+
+
+def statistics(
+    path: Path,
+    manifest: Manifest,
+    documents: dict[int, npt.NDArray[np.void]],
+    tokenizer: Any,
+    deep: bool,
+    add: Add,
+    progress: Progress,
+) -> Statistics:
+    """Statistics of a sound set or view; `add(code, where, message)` receives what smells."""
+    result = Statistics()
+    stream = TokenStream.open(path, verify="size")
+    sample = _sample(stream)
+    _count_ids(path, manifest, sample, tokenizer, result, add)
+    _rows(path, sample, manifest, result, add)
+    _equal_rows(path, stream, add)
+    if len(documents) == len(manifest.shards):
+        index = StreamDocuments.build(path, manifest, documents)
+        _documents(path, manifest, index, result, add)
+        _decode(path, manifest, stream, index, tokenizer, deep, result, add, progress)
+    if tokenizer is not None:
+        eos = manifest.tokenizer.eos_id if manifest.tokenizer else None
+        for share in (0.1, 0.5, 0.9):
+            position = int(stream.n_tokens * share)
+            ids = stream.read(position, min(position + 48, stream.n_tokens))
+            text = tokenizer.decode([i for i in ids.tolist() if i != eos])
+            result.windows.append((position, text))
+    if deep and manifest.kind == "set":
+        _ngrams(path, manifest, result, add, progress)
+    result.advice = advice(manifest.n_tokens)
+    if manifest.n_tokens <= 1024:
+        add("V111", path, f"{manifest.n_tokens:,} tokens: contexts up to {manifest.n_tokens - 1:,} only")
+    return result
+
+
+def _sample(stream: TokenStream) -> npt.NDArray[Any]:
+    """Windows spread evenly: (count, length); the whole stream when it is small."""
+    n = stream.n_tokens
+    length = min(_WINDOW, n)
+    count = max(1, min(SAMPLE_TOKENS // length, n // length))
+    starts = np.linspace(0, n - length, count).astype(np.int64)
+    return stream.windows(starts, length)
+
+
+def _count_ids(
+    path: Path, manifest: Manifest, sample: npt.NDArray[Any], tokenizer: Any, s: Statistics, add: Add
+) -> None:
+    ids, counts = np.unique(sample, return_counts=True)
+    share = counts / counts.sum()
+    s.sampled_tokens, s.distinct_ids = int(counts.sum()), len(ids)
+    s.entropy_bits = float(-(share * np.log2(share)).sum())
+    table = tokenizer.token_bytes() if tokenizer is not None else []
+    for k in np.argsort(-counts, kind="stable")[:10].tolist():
+        number = int(ids[k])
+        text = table[number].decode("utf-8", errors="replace") if number < len(table) else ""
+        s.top_ids.append((number, float(share[k]), text))
+    # An even spread over the vocabulary has entropy log2 V; a sample of n ids cannot show more than log2 n.
+    vocab = manifest.tokenizer.vocab_size if manifest.tokenizer else int(ids.max()) + 1
+    ceiling = np.log2(min(vocab, s.sampled_tokens))
+    if s.sampled_tokens > 10_000 and vocab >= 256 and s.entropy_bits > 0.97 * ceiling:
+        add("V104", path, f"entropy {s.entropy_bits:.2f} of at most {ceiling:.2f} bits per token")
+    eos = manifest.tokenizer.eos_id if manifest.tokenizer else None
+    if eos is not None:
+        hit = np.flatnonzero(ids == eos)
+        s.eos_share = float(share[hit[0]]) if len(hit) else 0.0
+        if manifest.n_docs == 0 and s.eos_share == 0.0:
+            add("V108", path, "no EOS in the sample and no document index")
+        if s.eos_share > 0.1:
+            add("V108", path, f"{100 * s.eos_share:.0f} % of the tokens are EOS")
+    for number, fraction, text in s.top_ids[:1]:
+        if fraction > 1 / 3:
+            add("V105", path, f"id {number} ({text!r}) takes {100 * fraction:.0f} % of all tokens")
+
+
+def _rows(path: Path, sample: npt.NDArray[Any], manifest: Manifest, s: Statistics, add: Add) -> None:
+    """Rows of one id, and rows that repeat a short pattern, among the sampled tokens."""
+    width = min(512, sample.shape[1])
+    rows = sample[:, : sample.shape[1] // width * width].reshape(-1, width)
+    ordered = np.sort(rows, axis=1)
+    half = width // 2
+    # An id with more than half of the places holds the middle of the sorted row, and equals the value half a row away.
+    dominated = (ordered[:, : width - half] == ordered[:, half:]).any(axis=1)
+    if (count := int(dominated.sum())) > max(2, len(rows) // 1000):
+        add(
+            "V103", path, f"in {100 * count / len(rows):.1f} % of sampled stretches of {width} tokens one id fills half"
+        )
+    periodic = np.zeros(len(rows), np.bool_)
+    for period in range(1, 14):
+        same = rows[:, period:] == rows[:, :-period]
+        need = min(32 * period, same.shape[1])
+        if need < 32:
+            continue
+        run = np.cumsum(~same, axis=1)  # constant over a run of equal pairs
+        periodic |= (run[:, need - 1 :] == np.pad(run, ((0, 0), (1, 0)))[:, : run.shape[1] - need + 1]).any(axis=1)
+    if (count := int((periodic & ~dominated).sum())) > max(2, len(rows) // 200):
+        add("V107", path, f"{100 * count / len(rows):.1f} % of sampled stretches repeat a pattern of up to 13 ids")
+
+
+def _equal_rows(path: Path, stream: TokenStream, add: Add) -> None:
+    """Rows of 512 tokens at multiples of 512 that occur more than once (of at most 2M rows)."""
+    width, n = 512, stream.n_tokens // 512
+    if n < 2:
+        return
+    step = -(-n // 2_000_000)
+    starts = np.arange(0, n, step, dtype=np.int64) * width
+    prefix = stream.windows(starts, 16)
+    keys = np.ascontiguousarray(prefix).view(f"V{16 * prefix.itemsize}").reshape(-1)
+    _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero(counts[group] > 1)[:20_000]
+    seen = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in stream.windows(starts[suspects], width)]
+    repeated = len(seen) - len(set(seen))
+    if repeated > max(5, len(starts) // 200):
+        add("V102", path, f"{repeated:,} of {len(starts):,} rows of {width} tokens repeat another row")
+
+
+def _documents(path: Path, manifest: Manifest, index: StreamDocuments, s: Statistics, add: Add) -> None:
+    if not len(index.lengths):
+        return
+    for name, q in (("min", 0), ("p10", 10), ("median", 50), ("p90", 90), ("p99", 99), ("max", 100)):
+        s.length_quantiles[name] = int(np.percentile(index.lengths, q, method="nearest"))
+    hashes = index.hashes
+    s.duplicate_documents = len(hashes) - len(np.unique(hashes))
+    if s.duplicate_documents > max(1, len(hashes) // 100):
+        add("V109", path, f"{s.duplicate_documents:,} of {len(hashes):,} documents repeat another")
+    text_tokens = manifest.n_tokens - manifest.n_docs
+    if manifest.n_bytes and text_tokens > 0:
+        s.bytes_per_token = manifest.n_bytes / text_tokens
+        if not 0.9 <= s.bytes_per_token <= 12:
+            add("V106", path, f"{s.bytes_per_token:.2f} bytes of text per token")
+
+
+def _decode(
+    path: Path,
+    manifest: Manifest,
+    stream: TokenStream,
+    index: StreamDocuments,
+    tokenizer: Any,
+    deep: bool,
+    s: Statistics,
+    add: Add,
+    progress: Progress,
+) -> None:
+    """Documents decoded and hashed: all of them (deep) or the 64 with the smallest content hashes."""
+    if tokenizer is None or not tokenizer.is_byte_level:
+        return
+    whole = np.flatnonzero(index.whole)
+    if not deep:
+        small = whole[index.lengths[whole] < 1_000_000]
+        whole = small[np.argsort(index.hashes[small], kind="stable")[:_DECODED]]
+    table = np.array([*tokenizer.token_bytes()], object)
+    progress.start("decoding documents", len(whole), "documents")
+    wrong = 0
+    first = ""
+    for k in whole.tolist():
+        begin, length = int(index.starts[k]), int(index.lengths[k])
+        ids = stream.read(begin, begin + length - 1)
+        text = b"".join(table[ids].tolist())
+        if int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") != int(index.hashes[k]):
+            wrong += 1
+            first = first or f"document {k:,} (token {begin:,})"
+        progress.advance(1)
+    progress.finish()
+    s.decoded_documents = len(whole) - wrong
+    if wrong:
+        add("V024", path, f"{wrong:,} of {len(whole):,} documents do not decode to their content hash, first {first}")
+
+
+def _ngrams(path: Path, manifest: Manifest, s: Statistics, add: Add, progress: Progress) -> None:
+    """Share of the 13-grams of each held-out view that occur in train: near-duplicates that hashes do not see."""
+    views: dict[str, TokenStream] = {}
+    for folder in sorted(path.iterdir()):
+        try:
+            found = read_manifest(folder)
+            if found.split is not None and found.split.get("parent") == manifest.dataset_id:
+                views[folder.name] = TokenStream.open(folder, verify="size")
+        except LmError:
+            continue
+    train = views.pop("train", None)
+    if train is None:
+        return
+    for name, held_out in views.items():
+        grams = np.unique(_rolling(_spread(held_out, 10_000_000)))
+        hit = np.zeros(len(grams), np.bool_)
+        progress.start(f"13-grams of {name} in train", train.n_tokens, "tokens")
+        for begin in range(0, train.n_tokens, 1 << 20):
+            block = train.read(begin, min(begin + (1 << 20) + _NGRAM - 1, train.n_tokens))
+            grams_here = np.unique(_rolling(block))
+            place = np.searchsorted(grams, grams_here)
+            place[place == len(grams)] = 0
+            hit[place[grams[place] == grams_here]] = True
+            progress.advance(len(block))
+        progress.finish()
+        share = float(hit.mean()) if len(hit) else 0.0
+        s.seen_ngrams[name] = share
+        if share > 0.2:
+            add("V110", path / name, f"{100 * share:.1f} % of its 13-grams occur in train")
+
+
+def _spread(stream: TokenStream, most: int) -> npt.NDArray[Any]:
+    return stream.read(0, min(stream.n_tokens, most))
+
+
+def _rolling(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of every 13-gram: polynomial modulo 2^64 over mixed ids."""
+    mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    n = len(mixed) - _NGRAM + 1
+    result = np.zeros(max(n, 0), np.uint64)
+    for k in range(_NGRAM):
+        result = result * np.uint64(0xBF58476D1CE4E5B9) + mixed[k : k + max(n, 0)]
+    return result
+
+
+def advice(n_tokens: int) -> list[str]:
+    """What these tokens are enough for, in sentences."""
+    best = n_tokens / _TOKENS_PER_PARAMETER
+    fitting = [m for m in _MODELS if m <= best]
+    size = _size(fitting[-1]) if fitting else _size(best)
+    steps = n_tokens // (524_288 if n_tokens > 10**9 else 32_768)
+    batch = "524,288" if n_tokens > 10**9 else "32,768"
+    lines = [
+        f"compute-optimal model ({_TOKENS_PER_PARAMETER} tokens per parameter, one epoch): about {_size(best)} "
+        f"parameters" + (f"; up to {_size(4 * best)} with four epochs" if best < 1e9 else ""),
+        f"one epoch = {max(steps, 1):,} steps of {batch} tokens",
+        f"time of one epoch = {n_tokens:,} / (measured tokens per second); at 20,000 tokens/s "
+        f"{_duration(n_tokens / 20_000)}, at 1M tokens/s {_duration(n_tokens / 1e6)}",
+    ]
+    if fitting:
+        lines[0] += f" (a usual size: {size})"
+    return lines
+
+
+def _size(count: float) -> str:
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{suffix}"
+    return f"{count:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= limit:
+            return f"{seconds / limit:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
