@@ -16,7 +16,7 @@ from typing import Any
 from lmcore.data.documents import filter_lengths
 from lmcore.data.encoder import Backend, open_encoder
 from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes, make_plan
-from lmcore.data.readers import Place, parquet_metadata, read
+from lmcore.data.readers import Place, check_columns, parquet_metadata, read
 from lmcore.data.sources import resolve
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
@@ -50,8 +50,9 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     """Estimate a tokenization without writing anything. Raises what `tokenize` would raise about its source."""
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
-    plan = make_plan(config, resolve(config.dataset, config.paths, text_column=config.text_column), "")
+    plan = make_plan(config, resolve(config.dataset, config.paths), "")
     units = plan.units[plan.first_unit : plan.stop_unit]
+    check_columns(units, config.text_column)
     sample = []
     size = records = 0
     began = time.monotonic()

@@ -18,10 +18,10 @@ from __future__ import annotations
 import functools
 import io
 import json
+import time
 import tokenize
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -50,6 +50,10 @@ BOMB_RATIO = 1000
 _BOMB_FREE_BYTES = 16 << 20  # ... once it has given this many bytes
 _ZSTD_WINDOW = 1 << 27
 
+_WHOLE_BYTES = 32 << 20
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+_RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -75,6 +79,7 @@ def read(
     """Batches of the documents of units[start.unit:stop_unit] from `start` on, in order, with rows numbered inside
     their unit. Raises LmError (65) at the record that cannot be read, unless `on_bad` says otherwise."""
     tasks = _tasks(units, text_column, start, len(units) if stop_unit is None else stop_unit, on_bad, threads)
+    threads = reading_threads(units, threads)
     unit, piece, base, records = start.unit, start.piece, start.base, 0
     try:
         for batch in read_ahead(tasks, threads=threads):
@@ -86,6 +91,15 @@ def read(
             yield batch.moved(base)
     except BadRecord as bad:
         raise _as_error(units, bad, base + records if bad.unit == unit else 0) from None
+
+
+def check_columns(units: Sequence[Unit], text_column: str) -> None:
+    """Refuse (2) parquet files without this text column before anything is written. On this machine all files are
+    looked at, elsewhere the first."""
+    parquet = [unit for unit in units if unit.format == "parquet"]
+    local = [unit for unit in parquet if not unit.is_remote]
+    for unit in local or parquet[:1]:
+        check_schema(unit.path, parquet_metadata(unit).schema.to_arrow_schema(), text_column)
 
 
 def read_document(units: Sequence[Unit], text_column: str, unit: int, row: int) -> bytes | None:
@@ -129,41 +143,82 @@ def _as_error(units: Sequence[Unit], bad: BadRecord, base: int) -> LmError:
 # ---------------------------------------------------------------------------------------- tasks
 
 
+def reading_threads(units: Sequence[Unit], workers: int) -> int:
+    """Threads that read ahead: a few for a disk, more for a network, whose delays they hide."""
+    if any(unit.is_remote for unit in units):
+        return max(_REMOTE_THREADS, workers)
+    return max(1, min(workers, _LOCAL_THREADS))
+
+
+def _retrying(units: Sequence[Unit], number: int, make: Task) -> Iterator[Documents]:
+    """A task on a remote unit: what breaks on the way is read again from its beginning, without what was delivered."""
+    delivered = 0
+    for wait_s in (*_RETRY_WAITS_S, None):
+        try:
+            for index, batch in enumerate(make()):
+                if index >= delivered:
+                    yield batch
+                    delivered += 1
+            return
+        except (LmError, BadRecord, GeneratorExit):
+            raise
+        except Exception as error:  # every transport has its own
+            if wait_s is None:
+                raise _not_delivered(units[number], error) from error
+            time.sleep(wait_s)
+
+
+def _not_delivered(unit: Unit, error: Exception) -> LmError:
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return LmError(
+        f"{shown(unit.path)}: could not be read after {len(_RETRY_WAITS_S) + 1} attempts ({text}).",
+        hint="Run the same command again to continue.",
+        code=Exit.IO,
+    )
+
+
 def _tasks(units: Sequence[Unit], column: str, start: Place, stop: int, on_bad: OnBad, threads: int) -> Iterator[Task]:
+    """What the reading threads do, in order: one task per piece, or per group of small text files."""
     group: list[int] = []
     group_bytes = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="footer") as pool:
-        footers: dict[int, Future[pq.FileMetaData]] = {}
-        for number in range(start.unit, stop):
-            unit = units[number]
-            first = start.piece if number == start.unit else 0
-            if unit.format in ("text", "python"):
-                group.append(number)
-                group_bytes += max(unit.size, 0)
-                if len(group) >= _GROUP_FILES or group_bytes >= _GROUP_BYTES:
-                    yield functools.partial(_read_texts, units, tuple(group), on_bad)
-                    group, group_bytes = [], 0
+    for number in range(start.unit, stop):
+        unit = units[number]
+        if unit.format in ("text", "python"):
+            group.append(number)
+            group_bytes += max(unit.size, 0)
+            if len(group) < _GROUP_FILES and group_bytes < _GROUP_BYTES:
                 continue
-            if group:
-                yield functools.partial(_read_texts, units, tuple(group), on_bad)
-                group, group_bytes = [], 0
-            if unit.format == "parquet":
-                for near in range(number, min(number + 2 * threads, stop)):
-                    if units[near].format == "parquet" and near not in footers:
-                        footers[near] = pool.submit(parquet_metadata, units[near])
-                metadata = footers.pop(number).result()
-                check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
-                for piece in range(first, metadata.num_row_groups):
-                    yield functools.partial(_read_row_group, unit, number, piece, metadata, column, on_bad)
-            elif unit.format == "jsonl" and not unit.compression and unit.size >= 0:
-                for piece in range(first, max(1, -(-unit.size // BLOCK_BYTES))):
-                    yield functools.partial(_read_range, unit, number, piece, column, on_bad)
-            elif unit.format == "jsonl":
-                yield functools.partial(_read_stream, unit, number, first, column, on_bad)
-            else:
-                yield functools.partial(_read_rows, unit, number, first, column, on_bad)
         if group:
-            yield functools.partial(_read_texts, units, tuple(group), on_bad)
+            yield _task(units, group[0], functools.partial(_read_texts, units, tuple(group), on_bad))
+            group, group_bytes = [], 0
+        if unit.format not in ("text", "python"):
+            first = start.piece if number == start.unit else 0
+            for make in _piece_tasks(units, number, first, column, on_bad):
+                yield _task(units, number, make)
+    if group:
+        yield _task(units, group[0], functools.partial(_read_texts, units, tuple(group), on_bad))
+
+
+def _task(units: Sequence[Unit], number: int, make: Task) -> Task:
+    return functools.partial(_retrying, units, number, make) if units[number].is_remote else make
+
+
+def _piece_tasks(units: Sequence[Unit], number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Task]:
+    unit = units[number]
+    if unit.format == "parquet" and unit.is_remote and 0 <= unit.size <= _WHOLE_BYTES:
+        yield functools.partial(_read_whole_parquet, unit, number, first, column, on_bad)
+    elif unit.format == "parquet":
+        metadata = parquet_metadata(unit)
+        check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
+        for piece in range(first, metadata.num_row_groups):
+            yield functools.partial(_read_row_group, unit, number, piece, metadata, column, on_bad)
+    elif unit.format == "jsonl" and not unit.compression and unit.size >= 0:
+        for piece in range(first, max(1, -(-unit.size // BLOCK_BYTES))):
+            yield functools.partial(_read_range, unit, number, piece, column, on_bad)
+    elif unit.format == "jsonl":
+        yield functools.partial(_read_stream, unit, number, first, column, on_bad)
+    else:
+        yield functools.partial(_read_rows, unit, number, first, column, on_bad)
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -216,13 +271,18 @@ def _valid(raw: bytes, row: int, later: int, on_bad: OnBad, builder: DocumentsBu
         raise BadRecord(builder.unit, later, Drop.BAD_UTF8, f"not UTF-8 text (byte {error.start:,})") from None
 
 
+def _read_error(unit: Unit, error: OSError) -> Exception:
+    """What to raise for a failed read: a sentence for a file on this machine, the error itself where it is retried."""
+    return error if unit.is_remote else from_os_error(error, shown(unit.path), "read")
+
+
 def _read_all(unit: Unit, file: BinaryIO) -> bytes:
     if not unit.compression:
         check_size(shown(unit.path), unit.size)
         try:
             return file.read()
         except OSError as error:
-            raise from_os_error(error, shown(unit.path), "read") from error
+            raise _read_error(unit, error) from error
     parts: list[bytes] = []
     total = 0
     for part in _decompressed(unit, file):
@@ -253,7 +313,7 @@ def _decompressed(unit: Unit, file: BinaryIO) -> Iterator[bytes]:
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise LmError(f"{name}: broken {unit.compression} data ({error}).", code=Exit.DATA) from error
     except OSError as error:
-        raise from_os_error(error, name, "read") from error
+        raise _read_error(unit, error) from error
 
 
 def _gunzip(file: BinaryIO) -> Iterator[bytes]:
@@ -314,7 +374,7 @@ def _read_range(unit: Unit, number: int, piece: int, column: str, on_bad: OnBad)
             if block and not block.endswith(b"\n"):
                 block += _rest_of_line(unit, file)
         except OSError as error:
-            raise from_os_error(error, shown(unit.path), "read") from error
+            raise _read_error(unit, error) from error
     if block:
         yield from _parse_block(unit, number, piece, block, column, on_bad)
 
@@ -442,11 +502,27 @@ def _parse_by_arrow(block: bytes, column: str) -> Any | None:
 
 def parquet_metadata(unit: Unit) -> Any:
     """The footer of a parquet file."""
-    try:
-        with open_unit(unit) as file:
-            return pq.ParquetFile(file).metadata
-    except (pa.ArrowInvalid, OSError) as error:
-        raise broken_parquet(unit, error) from error
+    for wait_s in (*_RETRY_WAITS_S, None):
+        try:
+            with open_unit(unit) as file:
+                return pq.ParquetFile(file).metadata
+        except LmError:
+            raise
+        except Exception as error:  # every transport has its own
+            if not unit.is_remote:
+                raise broken_parquet(unit, error) from error
+            if wait_s is None:
+                raise _not_delivered(unit, error) from error
+            time.sleep(wait_s)
+    raise AssertionError("unreachable")
+
+
+def _read_whole_parquet(unit: Unit, number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    """All row groups from `first` on: a small remote file, whose footer is fetched on the reading thread, too."""
+    metadata = parquet_metadata(unit)
+    check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
+    for piece in range(first, metadata.num_row_groups):
+        yield from _read_row_group(unit, number, piece, metadata, column, on_bad)
 
 
 def _read_row_group(
@@ -466,6 +542,8 @@ def _read_row_group(
                     yield _documents_of(array, number, piece, row, column, on_bad)
                     row += len(array)
     except (pa.ArrowInvalid, OSError) as error:
+        if unit.is_remote:
+            raise  # tried again
         raise broken_parquet(unit, error) from error
 
 

@@ -63,10 +63,14 @@ class Unit:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Unit:
-        return cls(**value)
+        raw = value.get("path_hex")
+        path = value["path"] if raw is None else os.fsdecode(bytes.fromhex(raw))
+        return cls(path, value["format"], value["size"], value["compression"], value["fingerprint"])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON of this unit; a path that is no UTF-8 is there twice, for people and as bytes."""
+        value = asdict(self) | {"path": shown(self.path)}
+        return value if value["path"] == self.path else value | {"path_hex": os.fsencode(self.path).hex()}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Source:
 # ---------------------------------------------------------------------------------------- resolving
 
 
-def resolve(dataset: str | None, paths: Sequence[str], *, text_column: str, spool: Path | None = None) -> Source:
+def resolve(dataset: str | None, paths: Sequence[str], *, spool: Path | None = None) -> Source:
     """Units behind `--dataset NAME` or behind files, folders, globs and URLs. `spool` holds a copy of standard input
     when `-` is among the paths. Raises LmError: 2 for what does not exist or cannot be used."""
     if dataset == "stdlib":
@@ -91,8 +95,8 @@ def resolve(dataset: str | None, paths: Sequence[str], *, text_column: str, spoo
     if dataset is not None:
         from lmcore.data import hub
 
-        return hub.resolve(dataset, text_column=text_column)
-    return _files(paths, text_column, spool)
+        return hub.resolve(dataset)
+    return _files(paths, spool)
 
 
 def _stdlib() -> Source:
@@ -107,10 +111,10 @@ def _stdlib() -> Source:
             code=Exit.DATA,
         )
     version = ".".join(map(str, sys.version_info[:3]))
-    return Source({"kind": "stdlib", "python": version, "root": _shown(root)}, units)
+    return Source({"kind": "stdlib", "python": version, "root": shown(root)}, units)
 
 
-def _files(paths: Sequence[str], text_column: str, spool: Path | None) -> Source:
+def _files(paths: Sequence[str], spool: Path | None) -> Source:
     units: list[Unit] = []
     notes: list[str] = []
     for path in paths:
@@ -126,11 +130,8 @@ def _files(paths: Sequence[str], text_column: str, spool: Path | None) -> Source
     unique = [unit for unit in units if not (unit.path in seen or seen.add(unit.path))]  # type: ignore[func-returns-value]
     if len(unique) < len(units):
         notes.append(f"{len(units) - len(unique)} files were named twice and count once.")
-    for unit in unique:
-        if unit.format == "parquet" and not unit.is_remote:
-            check_parquet_column(unit, text_column)
     kind = "stdin" if list(paths) == ["-"] else "files"
-    return Source({"kind": kind, "paths": [_shown(path) for path in paths]}, tuple(unique), tuple(notes))
+    return Source({"kind": kind, "paths": [shown(path) for path in paths]}, tuple(unique), tuple(notes))
 
 
 def _local(path: str, notes: list[str]) -> list[Unit]:
@@ -144,9 +145,9 @@ def _local(path: str, notes: list[str]) -> list[Unit]:
         files = [p for p in matches if p.is_file()]
         if files:
             return [_local_unit(p) for p in files]
-        raise LmError(f"{_shown(path)}: no file matches this pattern.")
+        raise LmError(f"{shown(path)}: no file matches this pattern.")
     hint = f"Did you mean the dataset on the Hub? lm tokenize --dataset {path}" if path.count("/") == 1 else ""
-    raise LmError(f"{_shown(path)}: no such file or directory.", hint=hint)
+    raise LmError(f"{shown(path)}: no such file or directory.", hint=hint)
 
 
 def _folder(root: Path, notes: list[str]) -> list[Unit]:
@@ -158,17 +159,17 @@ def _folder(root: Path, notes: list[str]) -> list[Unit]:
     known = [p for p in found if _format_of(p) is not None and p.is_file()]
     if not known:
         raise LmError(
-            f"{_shown(root)}: no text here ({len(found)} files, none ending in {_known_endings()}).",
+            f"{shown(root)}: no text here ({len(found)} files, none ending in {_known_endings()}).",
             code=Exit.DATA,
         )
     records = [p for p in known if _format_of(p)[0] in ("jsonl", "parquet")]  # type: ignore[index]
     if records and len(records) < len(known):
         notes.append(
-            f"{_shown(root)}: {len(known) - len(records)} text files beside the JSONL and parquet files are left out."
+            f"{shown(root)}: {len(known) - len(records)} text files beside the JSONL and parquet files are left out."
         )
     chosen = records or known
     if len(known) < len(found):
-        notes.append(f"{_shown(root)}: {len(found) - len(known)} files of other kinds are left out.")
+        notes.append(f"{shown(root)}: {len(found) - len(known)} files of other kinds are left out.")
     return [_local_unit(p) for p in chosen]
 
 
@@ -180,14 +181,14 @@ def _local_unit(path: Path) -> Unit:
     kind = _format_of(path)
     if kind is None:
         raise LmError(
-            f"{_shown(path)}: the kind of this file is not known; known endings are {_known_endings()}.",
+            f"{shown(path)}: the kind of this file is not known; known endings are {_known_endings()}.",
             hint="Rename it, or pipe it: lm tokenize - < FILE",
         )
     try:
         size = path.stat().st_size
         return Unit(os.path.abspath(path), kind[0], size, kind[1], fingerprint(path, size))
     except OSError as error:
-        raise from_os_error(error, _shown(path), "read") from error
+        raise from_os_error(error, shown(path), "read") from error
 
 
 def _remote(url: str) -> list[Unit]:
@@ -219,7 +220,7 @@ def _known_endings() -> str:
     return " ".join(ENDINGS) + " (text and .jsonl also .gz .zst)"
 
 
-def _shown(path: str | Path) -> str:
+def shown(path: str | Path) -> str:
     """A path as it can be printed and kept as JSON: bytes that are no UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -247,29 +248,16 @@ def open_unit(unit: Unit) -> BinaryIO:
     try:
         file = open(unit.path, "rb")
     except OSError as error:
-        raise from_os_error(error, _shown(unit.path), "read") from error
+        raise from_os_error(error, shown(unit.path), "read") from error
     size = os.fstat(file.fileno()).st_size
     if size != unit.size:
         file.close()
         raise LmError(
-            f"{_shown(unit.path)}: {size:,} bytes, but {unit.size:,} when the plan was made; the file was changed.",
+            f"{shown(unit.path)}: {size:,} bytes, but {unit.size:,} when the plan was made; the file was changed.",
             hint="Restore it, or tokenize into a new directory.",
             code=Exit.DATA,
         )
     return file
-
-
-def check_parquet_column(unit: Unit, column: str) -> None:
-    """Refuse (2) a parquet file without this text column; names the columns it has."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with open_unit(unit) as file:
-            schema = pq.ParquetFile(file).schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        raise broken_parquet(unit, error) from error
-    check_schema(unit.path, schema, column)
 
 
 def check_schema(path: str, schema: Any, column: str) -> None:
@@ -279,10 +267,10 @@ def check_schema(path: str, schema: Any, column: str) -> None:
     if schema.get_field_index(column) < 0:
         texts = [field.name for field in schema if _is_text(field.type)]
         hint = f"Use: --text-column {texts[0]}" if texts else "None of them holds text."
-        raise LmError(f"{_shown(path)}: no column '{column}'; it has {', '.join(schema.names)}.", hint=hint)
+        raise LmError(f"{shown(path)}: no column '{column}'; it has {', '.join(schema.names)}.", hint=hint)
     kind = schema.field(column).type
     if not (_is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise LmError(f"{_shown(path)}: the column '{column}' holds {kind}, not text.")
+        raise LmError(f"{shown(path)}: the column '{column}' holds {kind}, not text.")
 
 
 def _is_text(kind: Any) -> bool:
@@ -295,12 +283,10 @@ def _is_text(kind: Any) -> bool:
 
 def broken_parquet(unit: Unit, error: BaseException) -> LmError:
     """A parquet file that cannot be parsed."""
-    return LmError(f"{_shown(unit.path)}: not a readable parquet file ({str(error).strip()}).", code=Exit.DATA)
+    return LmError(f"{shown(unit.path)}: not a readable parquet file ({str(error).strip()}).", code=Exit.DATA)
 
 
 def total_size(units: Iterable[Unit]) -> int:
     """Stored bytes of all units; unknown sizes count as nothing."""
     return sum(max(unit.size, 0) for unit in units)
 
-
-shown = _shown

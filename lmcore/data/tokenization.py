@@ -44,7 +44,7 @@ from lmcore.data.plan import (
     refuse_other_request,
     write_plan,
 )
-from lmcore.data.readers import OnBad, Place, read
+from lmcore.data.readers import OnBad, Place, check_columns, read
 from lmcore.data.shard import token_dtype
 from lmcore.data.sources import Source, Unit, resolve
 from lmcore.data.tokenizer import Tokenizer
@@ -133,7 +133,8 @@ def tokenize(
         return finished
     source = None
     if not (out / PLAN).exists() and config.paths != ("-",):
-        source = resolve(config.dataset, config.paths, text_column=config.text_column)  # fails before `out` is made
+        source = resolve(config.dataset, config.paths)  # fails before `out` is made
+        check_columns(source.units, config.text_column)
     with storage.lock_directory(out, "lm tokenize"):
         finished = _finished(out, config, began)  # another process may have finished it meanwhile
         if finished is not None:
@@ -176,6 +177,7 @@ def _finished(out: Path, config: TokenizeConfig, began: float) -> TokenizeReport
     plan = read_plan(out)
     refuse_other_request(out, plan.request, config)
     _refuse_changed_source(out, plan, config)
+    storage.fsync_directory(out)  # whoever wrote the manifest may have died before it was durable
     return _report(out, manifest, plan, began, finished=True)
 
 
@@ -231,7 +233,7 @@ def _new_plan(
     storage.sweep(out)
     if source is None:
         spool = _spool_stdin(out, config.text_column, stdin) if config.paths == ("-",) else None
-        source = resolve(config.dataset, config.paths, text_column=config.text_column, spool=spool)
+        source = resolve(config.dataset, config.paths, spool=spool)
     for note in source.notes:
         progress.note(note)
     plan = make_plan(config, source, "")
@@ -253,7 +255,7 @@ def _refuse_changed_source(out: Path, plan: Plan, config: TokenizeConfig) -> Non
     """Files on this machine can be compared at no cost; what lies on the Hub is pinned by its commit."""
     if config.paths and config.paths != ("-",) and not any("://" in path for path in config.paths):
         try:
-            found = resolve(None, config.paths, text_column=config.text_column)
+            found = resolve(None, config.paths)
         except LmError as error:
             if (out / MANIFEST).is_file():
                 return  # a finished set does not need its source any more
