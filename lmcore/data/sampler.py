@@ -359,7 +359,7 @@ def to_device(windows: npt.NDArray[Any], device: str | torch.device) -> tuple[to
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     elif device.type != "cpu":
         tensor = tensor.to(torch.int64).to(device)  # mps has no unsigned 16-bit type
-    return tensor[:, :-1].to(torch.int64), tensor[:, 1:].to(torch.int64)
+    return tensor[:, :-1].to(torch.int64).contiguous(), tensor[:, 1:].to(torch.int64).contiguous()
 
 
 _TORCH_DTYPES = {"<u2", "<u4", "<u8", "<i2", "<i4", "<i8", "|u1", "|i1"}
