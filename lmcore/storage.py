@@ -162,7 +162,7 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
         os.mkdir(temporary)
         try:
             yield temporary
-            for folder, _, _ in os.walk(temporary):
+            for folder, _, _ in os.walk(temporary, onerror=_raise):
                 _fsync_directory(folder)
             replaced = _put_in_place(temporary, final) if replace and os.path.lexists(final) else None
             if replaced is None:
@@ -304,7 +304,8 @@ def lock_directory(path: PathLike, what: str) -> Iterator[None]:
     finally:
         if os.getpid() == owner:
             _held.discard(descriptor)
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # nothing of value was written, and the lock is gone in any case
+                os.close(descriptor)
 
 
 def _close_in_children(descriptor: int) -> None:
@@ -424,6 +425,10 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), str(b))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remove(path: Path) -> None:
