@@ -3,7 +3,7 @@
     [z | x | B | C | dt] = u W_in;   [x | B | C] <- SiLU(causal_conv(.));   dt <- softplus(dt + dt_bias)
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T          A = -exp(A_log) < 0, one per head; h: (P, N)
     y_t = h_t C_t + D x_t
-    out = RMSNorm(y * SiLU(z)) W_out
+    out = RMSNorm(y * SiLU(z)) W_out                     (normalised per group of heads)
 
 The scan is a recurrence over time; while training it is computed in chunks of Q steps with matrix products. With
 a_t = dt_t A and s = cumsum(a) inside a chunk:
@@ -115,7 +115,7 @@ class Mamba(Owner):
             dt = dt * positions.valid[..., None]
         y, scan = self._scan(u.to(acc), dt, b, c, None if state is None else state.scan)
         y = y.to(x.dtype) + self.D.to(x.dtype)[:, None] * u
-        y = self.norm(y.flatten(-2) * F.silu(z))
+        y = self._gated_norm(y.flatten(-2) * F.silu(z))
         if self.router is None:
             y = self.out(y)
         else:
@@ -125,6 +125,14 @@ class Mamba(Owner):
             assert scan is not None
             state = MambaState(tail, scan)
         return y, state, aux
+
+    def _gated_norm(self, y: Tensor) -> Tensor:
+        """RMSNorm within each group, as heads that share B and C are normalised together."""
+        if self.groups == 1:
+            return self.norm(y)  # type: ignore[no-any-return]
+        parts = y.unflatten(-1, (self.groups, -1))
+        parts = F.rms_norm(parts, parts.shape[-1:], None, self.norm.eps)
+        return parts.flatten(-2) * self.norm.weight.to(y.dtype)
 
     def _scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         a = -self.A_log.to(x.dtype).exp()

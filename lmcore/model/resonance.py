@@ -111,8 +111,7 @@ class Resonance(Owner):
         left = torch.complex(re, im)[:, None] * high  # (H, I, J)
         left, low = left.to(_complex(dtype)), low.to(_complex(dtype))
         product = torch.cat([left.real, -left.imag], -1) @ torch.cat([low.real, low.imag], -1).mT
-        kernel: Tensor = product.flatten(1)[:, :steps]
-        return kernel
+        return product.flatten(1)[:, :steps]
 
     # ------------------------------------------------------------------ training
 
@@ -121,7 +120,8 @@ class Resonance(Owner):
         steps = v.shape[-1]
         n = fft_size(2 * steps - 1)
         spectrum = torch.fft.rfft(self.kernel(steps, v.dtype), n=n)[:, None]
-        return torch.fft.irfft(torch.fft.rfft(v, n=n) * spectrum, n=n)[..., :steps]
+        y: Tensor = torch.fft.irfft(torch.fft.rfft(v, n=n) * spectrum, n=n)[..., :steps]
+        return y
 
     # ------------------------------------------------------------------ with a state
 

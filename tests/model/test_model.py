@@ -13,7 +13,15 @@ from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
 from lmcore.model.parameters import Role
 
-SMALL = dict(vocab_size=97, d_model=32, num_layers=3, num_heads=4, num_kv_heads=2, d_ff=48, context_length=64)
+SMALL = {
+    "vocab_size": 97,
+    "d_model": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "d_ff": 48,
+    "context_length": 64,
+}
 
 
 def small(**changes):
