@@ -1,0 +1,101 @@
+"""How much memory a training pass needs, found by running it without data.
+
+The real model runs forward and backward on fake tensors: shapes and lifetimes without numbers, so that a 10-billion
+parameter model is examined in seconds on a laptop. Every storage that comes into being is counted until it dies. No
+formula for activations has to follow the code of the layers.
+
+What this cannot see is the allocator (its gaps and caches), scratch space inside kernels, and torch.compile, which
+fuses and so needs less. Attention is counted as the fused kernel that CPUs and GPUs use for these shapes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lmcore.model.config import ModelConfig
+from lmcore.model.loss import _chunk_for, head_cross_entropy
+from lmcore.model.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Bytes beside weights and gradients."""
+
+    kept: int
+    """Held at the end of the forward pass for the backward pass."""
+    peak: int
+    """The most at any time of the two passes, `kept` included."""
+
+
+def trace_pass(
+    config: ModelConfig,
+    *,
+    rows: int,
+    length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    checkpoint_every: int = 0,
+) -> PassMemory:
+    """Memory of the forward and backward pass of a micro-batch of (rows, length) tokens, computing in `dtype`.
+
+    device_type: whose limits the loss goes by when it decides whether to work in chunks. checkpoint_every: as in
+    LanguageModel: recompute every n-th block in the backward pass.
+    """
+    length = config.context_length if length is None else length
+    with FakeTensorMode(), _Storages() as storages:
+        model = LanguageModel(config).train()
+        model.compute_dtype = dtype
+        model.checkpoint_every = checkpoint_every
+
+        def head_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            chunk = _chunk_for(targets.numel(), config.padded_vocab, device_type)
+            return head_cross_entropy(model.norm(hidden), model.head_weight, targets, config.vocab_size, chunk=chunk)
+
+        model._head_loss = head_loss
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        base = storages.live
+        storages.peak = base
+        loss = model.loss(tokens, tokens).objective()
+        kept = storages.live - base
+        loss.backward()  # type: ignore[no-untyped-call]
+        return PassMemory(kept, storages.peak - base)
+
+
+class _Storages(TorchDispatchMode):
+    """Sums the bytes of all storages alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
