@@ -135,7 +135,7 @@ def _show_statistics(entry: Any) -> None:
     if s.decoded_documents:
         rows.append(("decoded and proven", f"{s.decoded_documents:,} documents hash to their source text"))
     for name, share in s.seen_ngrams.items():
-        rows.append((f"13-grams of {name}", f"{100 * share:.2f} % occur in train"))
+        rows.append((f"n-grams of {name}", f"{100 * share:.2f} % occur in train"))
     rows += [(f"at token {position:,}", repr(text)) for position, text in s.windows]
     rows += [("good for", line) for line in s.advice]
     ui.table(["", str(entry.path)], rows)

@@ -248,7 +248,8 @@ CODES: dict[str, Code] = {
     "V110": Code(
         "warning",
         "validation text seen in training",
-        "A share of the 13-grams of a held-out view occurs in train although no whole document does: near-duplicates.",
+        "A share of the n-grams (about 50 bytes of text) of a held-out view occurs in train although no whole "
+        "document does: near-duplicates.",
     ),
     "V111": Code("warning", "little data", "The stream is shorter than the usual context lengths."),
     "V200": Code(

@@ -165,7 +165,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise _missing(Path(directory))
-    raw = storage.read_json(path)
+    raw = storage.read_json(path, follow_links=False)
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         hint = "Update lmshards to read it." if str(found).startswith("lmshards/") else ""

@@ -32,7 +32,7 @@ _WINDOW = 16_384
 _DECODED = 64  # documents decoded and hashed at the default level
 _TOKENS_PER_PARAMETER = 20  # compute-optimal training (Hoffmann et al. 2022)
 _MODELS = (10e6, 30e6, 124e6, 350e6, 774e6, 1.5e9, 3e9, 7e9, 13e9, 30e9, 70e9)
-_NGRAM = 13
+_NGRAM_BYTES = 50  # 13 tokens of usual text; counted in bytes so that a byte tokenizer is treated alike
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Statistics:
     """Documents whose text was proven to hash to the recorded content hash."""
     duplicate_documents: int | None = None
     seen_ngrams: dict[str, float] = field(default_factory=dict)
-    """Share of the 13-grams of each held-out view that occur in train (deep only)."""
+    """Share of the n-grams (about 50 bytes of text) of each held-out view that occur in train (deep only)."""
     advice: list[str] = field(default_factory=list)
 
 
@@ -227,7 +227,7 @@ def _decode(
 
 
 def _ngrams(path: Path, manifest: Manifest, s: Statistics, add: Add, progress: Progress) -> None:
-    """Share of the 13-grams of each held-out view that occur in train: near-duplicates that hashes do not see."""
+    """Share of the n-grams of each held-out view that occur in train: near-duplicates that hashes do not see."""
     views: dict[str, TokenStream] = {}
     for folder in sorted(path.iterdir()):
         try:
@@ -239,13 +239,14 @@ def _ngrams(path: Path, manifest: Manifest, s: Statistics, add: Add, progress: P
     train = views.pop("train", None)
     if train is None:
         return
+    n = int(np.clip(round(_NGRAM_BYTES / (s.bytes_per_token or 4)), 13, 64))
     for name, held_out in views.items():
-        grams = np.unique(_rolling(_spread(held_out, 10_000_000)))
+        grams = np.unique(_rolling(held_out.read(0, min(held_out.n_tokens, 10_000_000)), n))
         hit = np.zeros(len(grams), np.bool_)
-        progress.start(f"13-grams of {name} in train", train.n_tokens, "tokens")
+        progress.start(f"{n}-grams of {name} in train", train.n_tokens, "tokens")
         for begin in range(0, train.n_tokens, 1 << 20):
-            block = train.read(begin, min(begin + (1 << 20) + _NGRAM - 1, train.n_tokens))
-            grams_here = np.unique(_rolling(block))
+            block = train.read(begin, min(begin + (1 << 20) + n - 1, train.n_tokens))
+            grams_here = np.unique(_rolling(block, n))
             place = np.searchsorted(grams, grams_here)
             place[place == len(grams)] = 0
             hit[place[grams[place] == grams_here]] = True
@@ -254,21 +255,17 @@ def _ngrams(path: Path, manifest: Manifest, s: Statistics, add: Add, progress: P
         share = float(hit.mean()) if len(hit) else 0.0
         s.seen_ngrams[name] = share
         if share > 0.2:
-            add("V110", path / name, f"{100 * share:.1f} % of its 13-grams occur in train")
+            add("V110", path / name, f"{100 * share:.1f} % of its {n}-grams occur in train")
 
 
-def _spread(stream: TokenStream, most: int) -> npt.NDArray[Any]:
-    return stream.read(0, min(stream.n_tokens, most))
-
-
-def _rolling(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of every 13-gram: polynomial modulo 2^64 over mixed ids."""
+def _rolling(tokens: npt.NDArray[Any], n: int) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of every n-gram: polynomial modulo 2^64 over mixed ids."""
     mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
-    n = len(mixed) - _NGRAM + 1
-    result = np.zeros(max(n, 0), np.uint64)
-    for k in range(_NGRAM):
-        result = result * np.uint64(0xBF58476D1CE4E5B9) + mixed[k : k + max(n, 0)]
+    count = max(len(mixed) - n + 1, 0)
+    result = np.zeros(count, np.uint64)
+    for k in range(n):
+        result = result * np.uint64(0xBF58476D1CE4E5B9) + mixed[k : k + count]
     return result
 
 

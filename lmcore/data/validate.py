@@ -171,12 +171,12 @@ def _validate_set(path: Path, level: Level, workers: int, report: Report, progre
     if level != "quick":
         _scan(path, manifest, sound, documents, workers, report, progress)
         _check_equal_shards(path, manifest, report)
+    if level != "quick" and report.errors == errors:
+        entry.statistics = statistics(path, manifest, documents, tokenizer, level == "deep", report.add, progress)
     if manifest.kind == "set" and manifest.split is None:
         _check_views(path, manifest, report)
     elif (path.resolve().parent / MANIFEST).is_file():
         _check_siblings(path, report)
-    if level != "quick" and report.errors == errors:
-        entry.statistics = statistics(path, manifest, documents, tokenizer, level == "deep", report.add, progress)
 
 
 def _check_manifest(path: Path, report: Report) -> Manifest | None:
