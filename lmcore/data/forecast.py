@@ -50,7 +50,7 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     """Estimate a tokenization without writing anything. Raises what `tokenize` would raise about its source."""
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
-    plan = make_plan(config, resolve(config.dataset, config.paths), "")
+    plan = make_plan(config, resolve(config.dataset, config.paths))
     units = plan.units[plan.first_unit : plan.stop_unit]
     check_columns(units, config.text_column)
     sample = []

@@ -89,6 +89,7 @@ class Plan:
     request: TokenizeConfig
     source: dict[str, Any]
     units: tuple[Unit, ...]
+    tokenizer_name: str
     tokenizer_sha256: str
     first_unit: int
     stop_unit: int
@@ -99,6 +100,7 @@ class Plan:
             "format": PLAN_FORMAT,
             "request": self.request.model_dump(mode="json"),
             "source": self.source,
+            "tokenizer_name": self.tokenizer_name,
             "tokenizer_sha256": self.tokenizer_sha256,
             "first_unit": self.first_unit,
             "stop_unit": self.stop_unit,
@@ -106,11 +108,11 @@ class Plan:
         }
 
 
-def make_plan(request: TokenizeConfig, source: Source, tokenizer_sha256: str) -> Plan:
-    """Order the units (shuffled by a seed if asked) and cut out this part."""
+def make_plan(request: TokenizeConfig, source: Source) -> Plan:
+    """Order the units (shuffled by a seed if asked) and cut out this part. The tokenizer is filled in later."""
     units = order_units(source.units, request.shuffle_units)
     first, stop = part_range(units, request.part, request.parts)
-    return Plan(request, source.description, units, tokenizer_sha256, first, stop)
+    return Plan(request, source.description, units, "", "", first, stop)
 
 
 def order_units(units: Sequence[Unit], seed: int | None) -> tuple[Unit, ...]:
@@ -156,6 +158,7 @@ def read_plan(directory: str | Path) -> Plan:
             request=TokenizeConfig.model_validate(raw["request"]),
             source=dict(raw["source"]),
             units=tuple(Unit.from_json(unit) for unit in raw["units"]),
+            tokenizer_name=str(raw["tokenizer_name"]),
             tokenizer_sha256=str(raw["tokenizer_sha256"]),
             first_unit=int(raw["first_unit"]),
             stop_unit=int(raw["stop_unit"]),

@@ -475,9 +475,12 @@ def _text_in_json(line: str, column: str) -> tuple[Drop, str, bytes]:
 
 
 def _parse_by_arrow(block: bytes, column: str) -> Any | None:
-    """The text column of a block of JSON lines as an Arrow array, or None when Arrow does not see exactly one object
-    with a text on every line."""
+    """The text column of a block of JSON lines as an Arrow array, or None when it is not plain to see that every line
+    is one object with a text."""
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    # Between two closed objects stands a line end and nothing else: then no object spans lines, and no line is blank.
+    if not block.startswith(b"{") or block.count(b"}\n{") + block.count(b"}\r\n{") != lines - 1:
+        return None
     try:
         table = pyarrow.json.read_json(
             pa.BufferReader(block),

@@ -289,4 +289,3 @@ def broken_parquet(unit: Unit, error: BaseException) -> LmError:
 def total_size(units: Iterable[Unit]) -> int:
     """Stored bytes of all units; unknown sizes count as nothing."""
     return sum(max(unit.size, 0) for unit in units)
-

@@ -13,6 +13,7 @@ continued by the same call. Views of a set (`lm split`) and checking it (`lm val
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -141,7 +142,7 @@ def tokenize(
             return finished
         if (out / PLAN).exists():
             plan = _continue_plan(out, config)
-            tokenizer = Tokenizer.from_file(out / TOKENIZER, name=_plan_name(plan))
+            tokenizer = Tokenizer.from_file(out / TOKENIZER, name=plan.tokenizer_name)
             if tokenizer.sha256 != plan.tokenizer_sha256:
                 raise LmError(
                     f"{out / TOKENIZER}: not the tokenizer of the plan; the file was changed.",
@@ -236,10 +237,10 @@ def _new_plan(
         source = resolve(config.dataset, config.paths, spool=spool)
     for note in source.notes:
         progress.note(note)
-    plan = make_plan(config, source, "")
+    plan = make_plan(config, source)
     tokenizer = _make_tokenizer(config, plan, workers, progress)
     tokenizer.save(out / TOKENIZER)
-    plan = Plan(**{**vars(plan), "tokenizer_sha256": tokenizer.sha256})
+    plan = dataclasses.replace(plan, tokenizer_name=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
     write_plan(out, plan)
     return plan, tokenizer
 
@@ -260,7 +261,7 @@ def _refuse_changed_source(out: Path, plan: Plan, config: TokenizeConfig) -> Non
             if (out / MANIFEST).is_file():
                 return  # a finished set does not need its source any more
             raise error
-        refuse_changed_units(out, plan.units, make_plan(config, found, "").units)
+        refuse_changed_units(out, plan.units, make_plan(config, found).units)
 
 
 def _spool_stdin(out: Path, column: str, stdin: Callable[[int], bytes] | None) -> Path:
@@ -330,11 +331,6 @@ def training_texts(
                         break
                 if taken >= share:
                     break
-
-
-def _plan_name(plan: Plan) -> str:
-    spec = plan.request.tokenizer
-    return f"bpe-{spec[6:]}" if spec.startswith("train:") else spec
 
 
 # ---------------------------------------------------------------------------------------- the run

@@ -17,8 +17,9 @@ from lmcore.data.manifest import read_manifest
 from lmcore.data.tokenizer import Tokenizer
 
 WORDS = (
-    "the of and to in model data token shard train na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f600 river <|endoftext|> 3.14 \n\n don't"
-).split(" ")
+    *("the of and to in model data token shard train river <|endoftext|> 3.14 \n\n don't").split(" "),
+    *("na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f600").split(" "),
+)
 
 
 def texts(count: int, *, seed: int = 1, longest: int = 300) -> list[str]:

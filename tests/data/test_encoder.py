@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpora
 from lmcore.data import encoder as module
 from lmcore.data.documents import Documents, join
 from lmcore.data.encoder import (
@@ -42,7 +43,7 @@ def batch_of(texts: list[str]) -> Documents:
 
 def ids_of(encode: Any, texts: list[str]) -> list[list[int]]:
     ids, offsets = encode(*join([text.encode() for text in texts]))
-    return [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
 def test_torture_list_gives_the_library_s_ids() -> None:
@@ -86,7 +87,7 @@ def test_stage_appends_eos_and_hashes_the_text() -> None:
     encoded = open_encoder(SMALL, "auto", batch_of(texts))(batch_of(texts))
     assert encoded.ids.dtype == np.uint16
     expected = [[*SMALL.encode(text), SMALL.eos_id] for text in texts]
-    assert [encoded.ids[a:b].tolist() for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)] == expected
+    assert [encoded.ids[a:b].tolist() for a, b in itertools.pairwise(encoded.offsets)] == expected
     assert encoded.hashes.tolist() == [corpora.reference_hash(text) for text in texts]
     assert encoded.sizes.tolist() == [3, 9, 3]
 

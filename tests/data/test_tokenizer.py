@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import corpora
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpora
 from lmcore.data.tokenizer import EOS, Tokenizer, byte_alphabet, repair
 from lmcore.errors import LmError
 

@@ -1,0 +1,198 @@
+"""The real client libraries against a loopback Hub: names, pinned commits, faults, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import corpora
+import pytest
+from hub_standin import HubStandIn
+
+from lmcore.data.registry import REGISTRY, parse_dataset
+from lmcore.data.tokenizer import Tokenizer
+from lmcore.errors import Exit, LmError
+
+ROOT = Path(__file__).parents[2]
+TEXTS = corpora.texts(300)
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: "data/*/*"}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: "sample/10BT/*"}]
+- config_name: sample-100BT
+  data_files: [{split: train, path: "sample/100BT/*"}]
+---
+# Look-alike
+"""
+
+Lm = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FineWeb-Edu's layout in small, a CSV dataset, a list of URLs, and a tokenizer."""
+    root = tmp_path_factory.mktemp("hub")
+    fineweb = root / "datasets/HuggingFaceFW/fineweb-edu"
+    corpora.write_parquet(fineweb / "sample/10BT/000_00000.parquet", TEXTS[:120])
+    corpora.write_parquet(fineweb / "sample/10BT/001_00000.parquet", TEXTS[120:300])
+    corpora.write_parquet(fineweb / "sample/100BT/000_00000.parquet", ["other"])
+    corpora.write_parquet(fineweb / "data/CC-MAIN/000.parquet", ["full"])
+    (fineweb / "README.md").write_text(CARD)
+    table = root / "datasets/some/table"
+    table.mkdir(parents=True)
+    (table / "train.csv").write_text("id,text\n" + "".join(f'{k},"row {k}, with comma"\n' for k in range(5000)))
+    lines = root / "datasets/some/lines"
+    corpora.write_jsonl(lines / "train-0.jsonl", TEXTS[:50])
+    corpora.write_jsonl(lines / "train-1.jsonl", TEXTS[50:80])
+    small = corpora.tokenizer(root / "made")
+    model = root / "models/some/model"
+    model.mkdir(parents=True)
+    (model / "tokenizer.json").write_bytes(small.read_bytes())
+    return root
+
+
+@pytest.fixture
+def hub(root: Path) -> Iterator[HubStandIn]:
+    with HubStandIn(root) as hub:
+        yield hub
+
+
+@pytest.fixture
+def lm(tmp_path: Path) -> Lm:
+    def run(hub: HubStandIn | str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        endpoint = hub if isinstance(hub, str) else hub.endpoint
+        return subprocess.run(
+            [sys.executable, "-m", "lmcore", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            check=False,
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))},
+                "HF_ENDPOINT": endpoint,
+                "HF_HOME": str(tmp_path / "home"),
+                "PYTHONPATH": str(ROOT),
+                **environment,
+            },
+        )
+
+    return run
+
+
+def expected_stream(root: Path, values: list[str]) -> list[int]:
+    return corpora.reference_ids(values, Tokenizer.from_file(root / "models/some/model"))
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "manifest.json").read_text()))
+
+
+def test_named_corpus_and_tokenizer_from_the_hub(root: Path, hub: HubStandIn, lm: Lm, tmp_path: Path) -> None:
+    done = lm(hub, "tokenize", "--dataset", "fineweb-edu", "--tokenizer", "some/model", "--json")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "shards/fineweb-edu"
+    assert json.loads(done.stdout)["n_docs"] == 300
+    assert corpora.stream_of(out).tolist() == expected_stream(root, TEXTS)
+    source = manifest(out)["source"]
+    assert source["repository"] == "HuggingFaceFW/fineweb-edu"
+    assert source["config"] == "sample-10BT"
+    assert len(source["revision"]) == 40
+    units = json.loads((out / "plan.json").read_text())["units"]
+    assert all(f"@{source['revision']}/" in unit["path"] and unit["size"] > 0 for unit in units)
+    assert not any("100BT" in path for _, path, wanted in hub.requests if wanted)
+    downloads = sum("parquet" in path and wanted is not None for _, path, wanted in hub.requests)
+    again = lm("http://127.0.0.1:9", "tokenize", "--dataset", "fineweb-edu", "--tokenizer", "some/model", "--json")
+    assert json.loads(again.stdout)["already_finished"], "a finished set needs no Hub"
+    assert downloads < 40
+
+
+@pytest.mark.slow
+def test_refused_and_cut_downloads_are_repeated(root: Path, lm: Lm, tmp_path: Path) -> None:
+    with HubStandIn(root, fail_every=4, cut_after=3000, max_faults=4) as hub:
+        url = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
+        done = lm(hub, "tokenize", url, "--tokenizer", "byte", "--out", "set")
+        assert done.returncode == 0, done.stderr
+        assert hub.faults >= 3
+    bytes_of = [number for text in TEXTS for number in (*text.encode(), 256)]
+    assert corpora.stream_of(tmp_path / "set").tolist() == bytes_of
+    assert "@" in json.loads((tmp_path / "set/plan.json").read_text())["units"][0]["path"]
+
+
+@pytest.mark.slow
+def test_what_only_datasets_can_read(hub: HubStandIn, lm: Lm, tmp_path: Path) -> None:
+    done = lm(
+        hub, "tokenize", "--dataset", "some/table", "--tokenizer", "byte", "--shard-tokens", "8192", "--out", "set"
+    )
+    assert done.returncode == 0, done.stderr
+    found = corpora.documents_of(tmp_path / "set")
+    assert [row for _, row, _, _ in found] == list(range(5000))
+    assert found[4999][2] == corpora.reference_hash("row 4999, with comma")
+    before = corpora.tree(tmp_path / "set")
+    (tmp_path / "set/manifest.json").unlink()
+    journal = (tmp_path / "set/journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert json.loads(journal[-2])["cursor"]["piece"] == 1
+    (tmp_path / "set/journal.jsonl").write_bytes(b"".join(journal[:-1]))
+    done = lm(
+        hub, "tokenize", "--dataset", "some/table", "--tokenizer", "byte", "--shard-tokens", "8192", "--out", "set"
+    )
+    assert done.returncode == 0, done.stderr
+    assert corpora.tree(tmp_path / "set") == before
+
+
+@pytest.mark.slow
+def test_json_lines_on_the_hub(hub: HubStandIn, lm: Lm, tmp_path: Path) -> None:
+    done = lm(hub, "tokenize", "--dataset", "some/lines", "--tokenizer", "byte", "--out", "set")
+    assert done.returncode == 0, done.stderr
+    assert corpora.stream_of(tmp_path / "set").tolist() == [n for t in TEXTS[:80] for n in (*t.encode(), 256)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--dataset", "no/such"], Exit.USAGE, "dataset no/such: not found"),
+        (["--dataset", "fineweb-edu:sample-1T"], Exit.USAGE, "configurations are default, sample-10BT"),
+        (["--dataset", "fineweb-edu@nope"], Exit.USAGE, "no such revision"),
+        (["--dataset", "fineweb-edu", "--text-column", "body"], Exit.USAGE, "no column 'body'; it has text, id"),
+        (["--dataset", "some/lines", "--tokenizer", "no/model"], Exit.USAGE, "tokenizer no/model: not found"),
+    ],
+)
+def test_names_that_do_not_exist(hub: HubStandIn, lm: Lm, arguments: list[str], code: int, message: str) -> None:
+    done = lm(hub, "tokenize", *arguments, "--out", "set")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--dataset", "fineweb"], ["x.txt", "--tokenizer", "gpt2"]], ids=["data", "tokenizer"]
+)
+def test_unreachable_hub_fails_in_seconds_with_what_to_do(lm: Lm, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "x.txt").write_text("hello")
+    began = time.monotonic()
+    done = lm("http://127.0.0.1:9", "tokenize", *arguments, "--out", "set")
+    assert time.monotonic() - began < 10
+    assert done.returncode == Exit.IO
+    assert "cannot be reached" in done.stderr
+    assert "HF_ENDPOINT" in done.stderr
+    offline = lm("http://127.0.0.1:9", "tokenize", *arguments, "--out", "set", HF_HUB_OFFLINE="1")
+    assert "switched off by HF_HUB_OFFLINE" in offline.stderr
+
+
+def test_dataset_names() -> None:
+    name = parse_dataset("fineweb-edu:100BT@abc")
+    assert (name.repository, name.config, name.revision) == ("HuggingFaceFW/fineweb-edu", "sample-100BT", "abc")
+    assert parse_dataset("fineweb:full").config == "default"
+    assert parse_dataset("dolma").config == "v1_6-sample"
+    assert parse_dataset("org/name").config is None
+    assert set(REGISTRY) == {"fineweb", "fineweb-edu", "openwebtext", "dolma"}
+    with pytest.raises(LmError, match="stdlib, fineweb-edu"):
+        parse_dataset("wikitext")
