@@ -50,7 +50,6 @@ class StreamDocuments:
         for shard, start, stop in manifest.segments:
             by_shard.setdefault(shard, []).append((start, stop, position))
             position += stop - start
-        pieces: list[tuple[npt.NDArray[np.int64], ...]] = []
         for shard, ranges_ in by_shard.items():
             entry, index = manifest.shards[shard], documents[shard]
             ranges = np.array(ranges_, np.int64)
@@ -66,7 +65,6 @@ class StreamDocuments:
             columns["unit"].append(index["unit"][piece])
             columns["row"].append(index["row"][piece])
             columns["hash"].append(index["hash"][piece])
-        del pieces
         joined = {name: np.concatenate(parts) for name, parts in columns.items()}
         order = np.argsort(joined["low"], kind="stable")
         joined = {name: column[order] for name, column in joined.items()}
@@ -145,7 +143,8 @@ class Locator:
                 plan = storage.read_json(folder / PLAN, limit=2 << 30)
                 units = plan.get("units", []) if isinstance(plan, dict) else []
                 return [_unit_name(unit) for unit in units]
-        return []
+        files = self.manifest.source.get("files")  # adopted data has no plan
+        return [str(file) for file in files] if isinstance(files, list) else []
 
     def at(self, position: int) -> Origin:
         """The origin of the token at a stream position."""

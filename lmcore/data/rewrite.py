@@ -57,7 +57,7 @@ def write_shards(
         extra: dict[str, Any] = {}
         n_docs = 0
         if documents is not None and ends is not None:
-            records, first_offset = _records(documents, ends, written, written + filled)
+            records, first_offset = index_records(documents, ends, written, written + filled)
             n_docs = len(records) - (first_offset > 0)
             chunks, size = npy_chunks(records)
             docs = storage.create_file(folder / f"{name}.docs.npy", chunks, size=size)
@@ -100,7 +100,7 @@ def write_shards(
     return entries
 
 
-def _records(
+def index_records(
     documents: npt.NDArray[np.void], ends: npt.NDArray[np.int64], begin: int, end: int
 ) -> tuple[npt.NDArray[np.void], int]:
     """(document index of the shard with stream positions begin .. end-1, tokens of its first document before it)."""

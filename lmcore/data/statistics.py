@@ -202,7 +202,7 @@ def _decode(
     progress: Progress,
 ) -> None:
     """Documents decoded and hashed: all of them (deep) or the 64 with the smallest content hashes."""
-    if tokenizer is None or not tokenizer.is_byte_level:
+    if tokenizer is None or not tokenizer.is_byte_level or manifest.source.get("document_hash") == "tokens":
         return
     whole = np.flatnonzero(index.whole)
     if not deep:
@@ -214,7 +214,9 @@ def _decode(
     first = ""
     for k in whole.tolist():
         begin, length = int(index.starts[k]), int(index.lengths[k])
-        ids = stream.read(begin, begin + length - 1)
+        ids = stream.read(begin, begin + length)
+        if manifest.tokenizer is not None and ids[-1] == manifest.tokenizer.eos_id:
+            ids = ids[:-1]
         text = b"".join(table[ids].tolist())
         if int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") != int(index.hashes[k]):
             wrong += 1

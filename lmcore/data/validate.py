@@ -540,6 +540,8 @@ def _document_ends(
     ends = piece_ends(index, entry) - 1
     if manifest.kind == "view":
         return ends[:-1], True
+    if number + 1 == len(manifest.shards) and manifest.source.get("open_end"):
+        return ends[:-1], True  # adopted data may lack the last EOS
     runs_on = number + 1 < len(manifest.shards) and manifest.shards[number + 1].first_doc_offset > 0
     return (ends[:-1] if runs_on else ends), False
 
