@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lmcore.errors import Exit, LmError
+from lmcore.errors import Exit, LmError, from_os_error
 
 from . import ui
 
@@ -105,6 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno is not None:  # a disk that fails anywhere is no bug of ours
+            told = from_os_error(error, error.filename or "lm", "read or write")
+            ui.print_error(told.message, told.hint)
+            sys.exit(int(told.code))
         ui.print_error(
             f"{type(error).__name__}: {error}",
             "This is a bug of lmshards: run the command again with --debug and report what it prints.",

@@ -83,7 +83,10 @@ class RunDirectory:
     def flush(self) -> None:
         """Make metrics.jsonl durable."""
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            try:
+                os.fsync(self._metrics.fileno())
+            except OSError as error:
+                raise from_os_error(error, self.path / METRICS, "write") from error
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, and a torn last line: the run continues from there."""

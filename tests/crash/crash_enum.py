@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash_trace import Target, Violations, fresh, in_child, scratch, short_writes, tree_hash
+from crash_trace import Target, Violations, fingerprint, fresh, in_child, scratch, short_writes
 
 WRITING = (
     "openat,write,pwrite64,fallocate,fsync,fdatasync,ftruncate,close,rename,renameat,renameat2,mkdir,mkdirat,"
@@ -70,7 +70,7 @@ def enumerate_crashes(
         undisturbed = in_child(lambda: target.run(out))
         if undisturbed.code:
             raise AssertionError(f"the undisturbed run fails:\n{undisturbed.said.decode(errors='replace')}")
-        gold = tree_hash(out)
+        gold = fingerprint(target, out)
         fresh(target, top)
         in_child(lambda: target.run(out), strace=["-y", "-e", f"trace={traced}"], log=log)
         calls = list_calls(log, top)
@@ -100,7 +100,7 @@ def enumerate_crashes(
                     target.check(out, outcome.acknowledged if outcome.code else target.units)
                     again = in_child(lambda: target.run(out))
                     assert not again.code, f"the rerun fails: {again.said.decode(errors='replace')}"
-                    assert tree_hash(out) == gold, "the tree after the rerun differs"
+                    assert fingerprint(target, out) == gold, "the tree after the rerun differs"
                 except Exception as error:
                     violations.add(error, where)
         return Result(len(calls), injections, violations)
@@ -113,7 +113,7 @@ def short_write_run(target: Target) -> Violations:
         violations = Violations(top)
         out = fresh(target, top)
         in_child(lambda: target.run(out))
-        gold = tree_hash(out)
+        gold = fingerprint(target, out)
         for seed in range(3):
             out = fresh(target, top)
 
@@ -125,7 +125,7 @@ def short_write_run(target: Target) -> Violations:
             try:
                 assert not outcome.code, outcome.said.decode(errors="replace")
                 target.check(out, target.units)
-                assert tree_hash(out) == gold, "the tree differs"
+                assert fingerprint(target, out) == gold, "the tree differs"
             except Exception as error:
                 violations.add(error, f"short writes, seed {seed}")
         return violations

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crash_trace import Target, Violations, acknowledged_in, fresh, in_child, scratch, tree_hash
+from crash_trace import Target, Violations, acknowledged_in, fingerprint, fresh, in_child, scratch
 
 _TRACE = (
     "openat,open,creat,write,pwrite64,writev,pwritev,pwritev2,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,"
@@ -393,7 +393,7 @@ class _Judge:
             self.target.check(out, acknowledged)
             again = in_child(lambda: self.target.run(out))
             assert not again.code, f"the rerun fails: {again.said.decode(errors='replace')}"
-            assert tree_hash(out) == self.gold, "the tree after the rerun differs"
+            assert fingerprint(self.target, out) == self.gold, "the tree after the rerun differs"
         except Exception as error:
             self.violations.add(error, where)
 
@@ -414,7 +414,7 @@ def cut_power(target: Target, *, samples: int = 8, seed: int = 0, first_only: bo
         out = fresh(target, top)
         disk = Disk(top)
         operations = _traced(target, out, log, top)
-        judge.gold = tree_hash(out)
+        judge.gold = fingerprint(target, out)
         acknowledged = 0
         for number, operation in enumerate([("start",), *operations, ("end",)]):
             if operation[0] == "say":
@@ -441,7 +441,7 @@ def kill_then_cut_power(
         out = fresh(target, top)
         disk = Disk(top)
         operations = _traced(target, out, log, top)
-        judge.gold = tree_hash(out)
+        judge.gold = fingerprint(target, out)
         acknowledged = calls = 0
         for number, operation in enumerate(operations):
             if operation[0] == "say":

@@ -29,7 +29,7 @@ from typing import Protocol
 
 import pytest
 
-from lmcore.errors import LmError
+from lmcore.errors import LmError, from_os_error
 
 _CHILD_SECONDS = 60
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
@@ -77,7 +77,7 @@ def cannot_trace() -> str:
         outcome = in_child(lambda: os.close(os.open("/", os.O_RDONLY)), strace=["-e", "inject=openat:error=EIO:when=1"])
     except RuntimeError as error:
         return str(error)
-    return "" if outcome.code == 1 and b"Input/output error" in outcome.said else "strace cannot inject errors here"
+    return "" if outcome.code == 74 and b"Input/output error" in outcome.said else "strace cannot inject errors here"
 
 
 def require_strace() -> None:
@@ -148,6 +148,9 @@ def in_child(work: Callable[[], None], *, strace: list[str] | None = None, log: 
         except LmError as error:
             os.write(2, f"error: {error}\n".encode(errors="backslashreplace"))
             code = int(error.code)
+        except OSError as error:  # as the boundary of the commands does
+            os.write(2, f"error: {error}\n".encode(errors="backslashreplace"))
+            code = int(from_os_error(error, error.filename or "", "read or write").code)
         except BaseException:
             os.write(2, traceback.format_exc().encode(errors="backslashreplace"))
         finally:
@@ -226,6 +229,12 @@ def fresh(target: Target, top: Path) -> Path:
     out = top / "out"
     target.prepare(out)
     return out
+
+
+def fingerprint(target: Target, out: Path) -> str:
+    """What must be equal in an interrupted and an undisturbed run: the tree, or what the target says."""
+    own = getattr(target, "fingerprint", tree_hash)
+    return str(own(out))
 
 
 class Violations:
