@@ -415,7 +415,7 @@ def _tell(result: RunResult) -> None:
             ui.emit(quality)
         ui.emit("next:")
         ui.emit(f"  lm eval {result.run_dir}")
-        ui.emit(f'  lm generate {result.run_dir} --prompt "def main"')
+        ui.emit(f'  lm generate --checkpoint {result.run_dir} --prompt "def main"')
         return
     ui.emit(f"stopped at step {result.step:,} of {result.total_steps:,}, saved in {result.save_s:.1f} s")
     ui.emit(f"go on with: lm train --resume {result.run_dir}")

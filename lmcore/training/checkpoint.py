@@ -93,14 +93,15 @@ def step_of(path: str | os.PathLike[str]) -> int | None:
     return int(match[1]) if match else None
 
 
-def save(checkpoints: str | os.PathLike[str], snapshot: Snapshot) -> Path:
+def save(checkpoints: str | os.PathLike[str], snapshot: Snapshot, *, replace: bool = False) -> Path:
     """Write a checkpoint atomically and durably; return its directory.
 
     A verified checkpoint of the same step is kept as it is: training is a function of the step, so it has the same
-    content; a damaged one is replaced. Raises LmError (73, 74) and leaves nothing behind when the disk refuses.
+    content; a damaged one is replaced. replace: take the place of a sound one too (atomic). Raises LmError (73, 74) and
+    leaves nothing behind when the disk refuses.
     """
     final = Path(checkpoints) / step_name(snapshot.step)
-    if final.is_dir():
+    if final.is_dir() and not replace:
         try:
             verify(final)
             return final

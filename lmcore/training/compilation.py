@@ -32,7 +32,7 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     model = config.model
     matrices = model.num_layers * (4 * model.d_model**2 + 3 * model.d_model * model.d_ff)
     matrices += model.vocab_size * model.d_model
-    return 6.0 * matrices * config.total_steps * config.train.batch_tokens >= CPU_MIN_FLOPS
+    return 6.0 * matrices * config.total_steps * config.batch_tokens >= CPU_MIN_FLOPS
 
 
 def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world: World) -> tuple[float, str]:

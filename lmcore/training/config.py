@@ -27,7 +27,9 @@ from pydantic import Field, field_validator, model_validator
 from lmcore.config import Config, Count, build, leaves, merge, parse_yaml, read_yaml
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
+from lmcore.model.plan import plan_model
 from lmcore.optim.config import OptimConfig
+from lmcore.optim.scale import scale
 
 KeyClass = Literal["identity", "schedule", "free"]
 
@@ -151,11 +153,12 @@ class TrainConfig(Config):
     """How to train."""
 
     steps: Count | None = Field(default=None, ge=1)
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. None, and no `tokens` either: 12 tokens per parameter."""
     tokens: Count | None = Field(default=None, ge=1)
     """Length of the run in tokens, instead of `steps`."""
-    batch_tokens: Count = Field(default=32_768, ge=1)
-    """Tokens per optimizer step over all ranks and micro-batches: rows of context_length tokens."""
+    batch_tokens: Count | None = Field(default=None, ge=1)
+    """Tokens per optimizer step over all ranks and micro-batches: rows of context_length tokens. None: by the scaling
+    rules, from the size of the model and the length of the run."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows per forward pass; a matter of memory only. auto: as many as fit comfortably."""
     seed: int = Field(default=1337, ge=0, lt=1 << 63)
@@ -190,6 +193,12 @@ class TrainConfig(Config):
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("steps and tokens both give the length of the run; give one of them")
+        return self
+
     @field_validator("micro_batch", "lanes")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
@@ -218,6 +227,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.train.batch_tokens is None:
+            return self
         rows, rest = divmod(self.train.batch_tokens, self.model.context_length)
         if rest or not rows:
             below, above = max(rows, 1) * self.model.context_length, (rows + 1) * self.model.context_length
@@ -226,28 +237,26 @@ class RunConfig(Config):
                 f"train.batch_tokens: {self.train.batch_tokens:,} is not a whole number of rows of "
                 f"model.context_length = {self.model.context_length:,}; the nearest are {near}"
             )
-        if self.train.steps is not None and self.train.tokens is not None:
-            needed = math.ceil(self.train.tokens / self.train.batch_tokens)
-            if needed != self.train.steps:
-                raise ValueError(
-                    f"train.steps = {self.train.steps:,} and train.tokens = {self.train.tokens:,} disagree "
-                    f"({needed:,} steps of {self.train.batch_tokens:,} tokens); give one of them"
-                )
         return self
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step, of a completed configuration."""
+        assert self.train.batch_tokens is not None
+        return self.train.batch_tokens
+
+    @property
     def rows(self) -> int:
-        """Rows (windows of context_length tokens) of one optimizer step."""
-        return self.train.batch_tokens // self.model.context_length
+        """Rows (windows of context_length tokens) of one optimizer step, of a completed configuration."""
+        return self.batch_tokens // self.model.context_length
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run, of a completed configuration."""
         if self.train.steps is not None:
             return self.train.steps
-        if self.train.tokens is not None:
-            return math.ceil(self.train.tokens / self.train.batch_tokens)
-        raise LmError("the length of the run is missing.", hint="Give --steps N or --tokens 10M.")
+        assert self.train.tokens is not None
+        return math.ceil(self.train.tokens / self.batch_tokens)
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `read_run_config` reads back as the same value."""
@@ -279,10 +288,29 @@ def complete(raw: Mapping[str, Any], *, vocab_size: int, train: Iterable[Source]
             "data": {"train": [source.model_dump() for source in train], "val": list(val)},
         },
     )
-    config = build(RunConfig, filled)
-    steps = config.total_steps
-    train_section = config.train.model_copy(update={"steps": steps})
-    return config.model_copy(update={"train": train_section, "optim": config.optim.resolved(steps)})
+    return settled(build(RunConfig, filled))
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with batch, length and optimizer settings decided: nothing that depends on them is None."""
+    train, optim = config.train, config.optim
+    if train.batch_tokens is None or (train.steps is None and train.tokens is None):
+        # The size dial (lmcore/optim/scale.py): what was not given follows from the model and what was given.
+        size = plan_model(config.model).scaling_parameters
+        tokens, batch = train.tokens, train.batch_tokens
+        if train.steps is not None:
+            dial = scale(parameters=size, context_length=config.model.context_length)
+            tokens = train.steps * (batch or dial.batch_tokens)
+        dial = scale(parameters=size, context_length=config.model.context_length, tokens=tokens, batch_tokens=batch)
+        train = train.model_copy(update={"batch_tokens": dial.batch_tokens, "steps": train.steps or dial.steps})
+        optim = dial.optim(optim)
+    elif train.steps is None:
+        assert train.tokens is not None
+        train = train.model_copy(update={"steps": math.ceil(train.tokens / train.batch_tokens)})
+    steps = train.steps
+    assert steps is not None
+    train = train.model_copy(update={"tokens": None})
+    return config.model_copy(update={"train": train, "optim": optim.resolved(steps)})
 
 
 # ---------------------------------------------------------------------------------------- presets

@@ -26,6 +26,7 @@ from lmcore.training.config import (
     flatten,
     key_class,
     read_run_config,
+    settled,
 )
 from lmcore.training.data import DataSets, inspect
 from lmcore.training.rundir import CONFIG
@@ -129,10 +130,7 @@ def _apply(current: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     train = changes.get("train") or {}
     if isinstance(train, Mapping) and train.get("tokens") is not None and train.get("steps") is None:
         base["train"]["steps"] = None  # a length in tokens replaces the number of steps that was derived before
-    after = build(RunConfig, merge(base, changes))
-    return after.model_copy(
-        update={"train": after.train.model_copy(update={"steps": after.total_steps, "tokens": None})}
-    )
+    return settled(build(RunConfig, merge(base, changes)))
 
 
 def _same_data(difference: tuple[str, Any, Any, str]) -> bool:

@@ -21,9 +21,12 @@ from typing import Any, Literal
 import torch
 
 from lmcore import storage
+from lmcore.data.sampler import Mixture
 from lmcore.errors import Exit, LmError
 from lmcore.model.model import LanguageModel
+from lmcore.model.plan import known_device, measure_peak, plan_model
 from lmcore.optim.optimizer import Optimizer, build_optimizer
+from lmcore.optim.sharding import Ranks
 from lmcore.training import checkpoint, parallel, rundir, signals
 from lmcore.training import device as machine
 from lmcore.training.batches import Loader, Shape, StepBatch
@@ -156,6 +159,8 @@ class _Run:
         self.shape = Shape(config.rows, train.lanes, train.micro_batch)
         self.validation: dict[str, Any] = {}
         self.validated_at = -1
+        self._submitted = -1
+        self._save_stall_s = 0.0
         self.data: RunData
         self.model: LanguageModel
         self.optimizer: Optimizer
@@ -180,6 +185,7 @@ class _Run:
         self._build()
         if saved is not None:
             self._restore(saved)
+        self._find_peak()
         if self.world.main:
             self._open_run(saved)
         self.trackers = Trackers.make(self.config, self.run.path, self.observer.warn) if self.world.main else Trackers()
@@ -209,7 +215,13 @@ class _Run:
         every = {"none": 0, "selective": 2, "full": 1}[train.activation_checkpointing]
         self.model.checkpoint_every = every
         self.model.train()
-        self.optimizer = build_optimizer(self.model.parameter_table(), config.optim, total_steps=self.total)
+        self._train_flops = plan_model(config.model).train_flops
+        self.optimizer = build_optimizer(
+            self.model.parameter_table(),
+            config.optim,
+            total_steps=self.total,
+            ranks=Ranks(self.world.rank, self.world.size),
+        )
         self.stepper = Stepper(
             self.model,
             self.optimizer,
@@ -220,10 +232,23 @@ class _Run:
             scale=self.scale,
         )
 
+    def _find_peak(self) -> None:
+        """What the device can do, for the MFU: from its data sheet, or on a CPU by a measurement of a moment."""
+        device = self.world.device
+        self.peak_flops, self.peak_source = 0.0, ""
+        if device.type == "cuda":
+            known = known_device(machine.device_name(device))
+            if known is not None and self.config.train.dtype != "fp32":
+                self.peak_flops, self.peak_source = known.peak_flops, known.source
+        elif device.type == "cpu" and self.world.main:
+            dtype = machine.DTYPES[self.config.train.dtype]
+            self.peak_flops, self.peak_source = measure_peak(device, dtype), "measured"
+
     def _open_run(self, saved: dict[str, Any] | None) -> None:
         """Write the directory of a new run, or cut the log of a continued one. The disk must have room first."""
         keep = self.config.train.checkpoint
-        size = self._snapshot().bytes()
+        weights = checkpoint.model_tensors(self.model).values()
+        size = sum(t.numel() * t.element_size() for t in weights) + self.optimizer.state_bytes()
         if keep.space_check:
             have = sum(1 for _ in checkpoint.steps_on_disk(self.run.checkpoints))
             storage.require_free_space(
@@ -432,7 +457,7 @@ class _Run:
         gc.collect()
 
     def _log(self, numbers: StepNumbers, batch: StepBatch, seconds: float, waited: float, *, skipped: bool) -> None:
-        tokens_per_s = self.config.train.batch_tokens / seconds
+        tokens_per_s = self.config.batch_tokens / seconds
         self._recent = [*self._recent[-19:], (numbers.loss, tokens_per_s)]
         if not self.world.main:
             return
@@ -448,8 +473,11 @@ class _Run:
         }
         if numbers.terms:
             record["terms"] = numbers.terms
-        if numbers.metrics:
-            record["metrics"] = numbers.metrics
+        metrics = numbers.metrics | self.stepper.utilisation
+        if metrics:
+            record["metrics"] = metrics
+        if isinstance(self.data.samples, Mixture):
+            record["shares"] = {share.name: share.realised for share in self.data.samples.shares(self.sample)}
         if self.scale.enabled:
             record["loss_scale"] = self.scale.scale
         if skipped:
@@ -458,11 +486,14 @@ class _Run:
             "step_s": seconds,
             "tokens_per_s": tokens_per_s,
             "data_wait_s": waited,
+            "save_stall_s": self._save_stall_s,
+            "mfu": self._train_flops * tokens_per_s / (self.peak_flops * self.world.size) if self.peak_flops else None,
             "read_s": batch.read_s,
             "gradients_s": self.stepper.times.gradients,
             "optimizer_s": self.stepper.times.optimizer,
             "peak_bytes": machine.peak_memory(self.world.device),
         }
+        self._save_stall_s = 0.0
         record = _finite(record)
         self.run.log(record)
         self.trackers.log(record)
@@ -496,15 +527,21 @@ class _Run:
             tokenizer=self.launch.sets.tokenizer,
         )
 
-    def _save(self, *, wait: bool) -> LmError | None:
-        """Save the present step; the failure of this or an earlier save, None when all is well. Main rank only."""
+    def _save(self, *, wait: bool, replace: bool = False) -> LmError | None:
+        """Save the present step; the failure of this or an earlier save, None when all is well. Collective."""
+        if self._submitted == self.step:
+            failure = self.writer.wait()
+            if failure is None:
+                return None
+        self._submitted = self.step
+        self.observer.phase("saving")
+        began = time.monotonic()
+        snapshot = self._snapshot()  # collects the parts of the optimizer's state from the ranks
         if not self.world.main:
             return None
         before = self.writer.saved
-        if before is not None and before[0] == self.step:
-            return self.writer.wait()
-        self.observer.phase("saving")
-        failure = self.writer.save(self._snapshot(), wait=wait)
+        failure = self.writer.save(snapshot, wait=wait, replace=replace)
+        self._save_stall_s = time.monotonic() - began
         self.observer.phase("")
         after = self.writer.saved
         if after is not None and after != before:
@@ -534,7 +571,7 @@ class _Run:
         checkpoint.load_weights(self.model, folder / checkpoint.MODEL)
         self.optimizer.load_state_tensors(read_tensors(folder / checkpoint.OPTIMIZER))
         self.step, self.sample = int(saved["step"]), int(saved["samples"])
-        if self.config.train.batch_tokens and self.sample * self.config.model.context_length != saved["tokens"]:
+        if self.sample * self.config.model.context_length != saved["tokens"]:
             raise LmError(f"{folder / checkpoint.STATE}: samples and tokens disagree.", code=Exit.DATA)
         self.guard.load(saved.get("guard", {}))
         self.scale.load(saved.get("loss_scale", {}))
@@ -571,11 +608,10 @@ class _Run:
         self.writer.verified = {s for s in self.writer.verified if s <= self.step}
         self._event("rollback", spike_at=spiked + 1, back_to=self.step, next_sample=after)
         self.observer.note(f"back at step {self.step:,}; {guard.skip_steps:,} steps of data are left out")
-        if self.world.main:  # the decision must survive a kill: save it under a step of its own
-            storage.delete_directory(target)
-            failure = self.writer.save(self._snapshot(), wait=True)
-            if failure is not None:
-                raise failure
+        self._submitted = -1
+        failure = self._save(wait=True, replace=True)  # the checkpoint knows of the rollback: a kill does not undo it
+        if failure is not None:
+            raise failure
         self.world.barrier()
 
     # ------------------------------------------------------------------------------------ words
@@ -592,20 +628,23 @@ class _Run:
 
     def _info(self) -> RunInfo:
         config, train = self.config, self.config.train
-        parameters = sum(p.numel() for p in self.model.parameters())
+        plan = plan_model(config.model)
         return RunInfo(
             run_dir=self.run.path,
             total_steps=self.total,
             first_step=self.step,
-            batch_tokens=train.batch_tokens,
+            batch_tokens=config.batch_tokens,
             context_length=config.model.context_length,
             device=machine.device_name(self.world.device) if self.world.device.type != "cpu" else "cpu",
             dtype=train.dtype,
             dtype_reason=self.dtype_reason,
             compiled=bool(train.compile),
             world_size=self.world.size,
-            parameters=parameters,
-            active_parameters=parameters,
+            parameters=plan.parameters,
+            active_parameters=plan.active,
+            peak_flops=self.peak_flops * self.world.size,
+            peak_source=self.peak_source,
+            train_flops=plan.train_flops,
             train_tokens=self.data.n_tokens,
             groups=[dict(row) for row in self.optimizer.table()],
             log_every=train.log.every_steps,

@@ -24,6 +24,11 @@ class RunInfo:
     world_size: int
     parameters: int
     active_parameters: int
+    peak_flops: float
+    """Of all ranks together; 0 when unknown."""
+    peak_source: str
+    train_flops: float
+    """Operations of forward and backward per token."""
     train_tokens: int
     """Tokens of the training data."""
     groups: list[dict[str, Any]]

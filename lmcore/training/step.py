@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,6 @@ class Times:
 
     gradients: float = 0.0
     optimizer: float = 0.0
-    other: float = 0.0
-    _marks: list[float] = field(default_factory=list)
 
 
 class Stepper:
@@ -84,6 +82,8 @@ class Stepper:
         self._wide = torch.float32 if world.device.type == "mps" else torch.float64
         self.forward: Forward = self._forward
         self.times = Times()
+        self.utilisation: dict[str, list[float]] = {}
+        """What the routers to experts did at the last step, per layer."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -113,7 +113,6 @@ class Stepper:
         stop: whether this rank wants to leave after the step; the answer of all ranks comes back in the result.
         """
         began = time.perf_counter()
-        getattr(self.model, "begin_accumulation", lambda: None)()
         self._lanes.begin()
         device = self.world.device
         sums = torch.zeros(len(self._names) + 1, dtype=self._wide, device=device)
@@ -121,8 +120,11 @@ class Stepper:
         metrics: dict[str, Tensor] = {}
         fresh = True
         for micro in batch.micro_batches:
-            if fresh and self._random:
-                torch.manual_seed(lane_seed(self._seed, batch.step, micro.lane))
+            if fresh:
+                # The load of experts is counted per lane too, so that nothing depends on the number of ranks.
+                self.model.begin_accumulation()
+                if self._random:
+                    torch.manual_seed(lane_seed(self._seed, batch.step, micro.lane))
             fresh = micro.last
             objective, terms, found = self.forward(*_moved(micro, device))
             (objective * self.scale.scale if self.scale.enabled else objective).backward()
@@ -145,7 +147,8 @@ class Stepper:
         if max_norm:
             clip_gradients(self._parameters, max_norm)
         self.optimizer.step(step)
-        getattr(self.model, "after_step", lambda _: None)(self._all_reduce if self.world.size > 1 else None)
+        found = self.model.after_step(self._all_reduce if self.world.size > 1 else None)
+        self.utilisation = {name: value.tolist() for name, value in found.items()}
         self.times.optimizer = time.perf_counter() - began
 
     def _all_reduce(self, tensor: Tensor) -> None:

@@ -7,10 +7,10 @@ an error.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -47,15 +47,15 @@ class CheckpointWriter:
         self.write_s = 0.0
         """How long the last checkpoint took to write."""
 
-    def save(self, snapshot: Snapshot, *, wait: bool = False) -> LmError | None:
+    def save(self, snapshot: Snapshot, *, wait: bool = False, replace: bool = False) -> LmError | None:
         """Save; returns the failure of this or (when in the background) of an earlier save, None if all is well."""
         began = time.monotonic()
         failure = self.wait()
         if wait or not self._background:
-            self._write(snapshot)
+            self._write(snapshot, replace)
             failure = self.wait() or failure
         else:
-            copy = replace(snapshot, model=_copied(snapshot.model), optimizer=_copied(snapshot.optimizer))
+            copy = dataclasses.replace(snapshot, model=_copied(snapshot.model), optimizer=_copied(snapshot.optimizer))
             self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
             self._thread.start()
         self.stall_s = time.monotonic() - began
@@ -69,11 +69,11 @@ class CheckpointWriter:
         failure, self._failure = self._failure, None
         return failure
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, replace: bool = False) -> None:
         began = time.monotonic()
         try:
             self._before_commit()
-            path = checkpoint.save(self._checkpoints, snapshot)
+            path = checkpoint.save(self._checkpoints, snapshot, replace=replace)
             checkpoint.verify(path)  # read back before anything older is deleted
             self.verified.add(snapshot.step)
             self.saved = (snapshot.step, path)

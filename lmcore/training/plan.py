@@ -1,0 +1,490 @@
+"""What a run will cost: memory by part, the largest micro-batch, time at a stated utilisation, disk, epochs.
+
+Counts (parameters, operations) are exact (lmcore/model/plan.py) and the memory of a pass is found by running the model
+without data (lmcore/model/memory.py). Three things are not known before a run and are therefore stated, not hidden: the
+utilisation, the allocator's overhead, and that nothing else uses the machine. A throughput that would need more than
+the device's peak is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcore.config import build, merge
+from lmcore.data.manifest import MANIFEST
+from lmcore.errors import LmError
+from lmcore.model.config import ModelConfig
+from lmcore.model.memory import PassMemory, trace_pass
+from lmcore.model.model import LanguageModel
+from lmcore.model.parameters import ParameterInfo
+from lmcore.model.plan import ModelPlan, known_device, known_device_names, measure_peak, plan_model
+from lmcore.optim.muon import BATCH_ELEMENTS
+from lmcore.optim.optimizer import Optimizer, build_optimizer
+from lmcore.optim.scale import Scaling, scale
+from lmcore.training import device as machine
+from lmcore.training.config import DataConfig, RunConfig, settled
+from lmcore.training.data import inspect
+from lmcore.training.lanes import choose_lanes
+
+PROGRAM_BYTES = {"cpu": 400 << 20, "cuda": 600 << 20}
+"""The process itself: torch and its libraries on a CPU (measured), a CUDA context on a GPU."""
+ALLOCATOR = {"cpu": 1.18, "cuda": 1.04}
+"""Memory that the allocator holds per byte of temporary tensors. CPU: glibc's, measured 1.13 to 1.25."""
+DEFAULT_MFU = {"cpu": 0.3, "cuda": 0.4}
+"""Utilisation assumed when none is given."""
+ASSUMED_VOCABULARY = 50_257
+_LONG = 8192
+"""Longer sequences through a scan are examined at two shorter lengths: their memory is linear in the length."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine to plan for."""
+
+    name: str
+    device_type: str
+    dtype: str
+    peak_flops: float | None
+    """Per device, dense, in `dtype`; None when unknown."""
+    memory: int | None
+    """Bytes that a run may use, per device."""
+    source: str
+    """Where the peak comes from."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device."""
+
+    parts: dict[str, int]
+    micro_batch: int
+    """Rows per forward pass that `parts` are for."""
+    largest_micro_batch: int | None
+    """Most rows that fit; 0 when not even one does, None when the memory of the device is unknown."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What `plan_run` found."""
+
+    config: RunConfig
+    model: ModelPlan
+    target: Target
+    devices: int
+    memory: MemoryPlan
+    groups: list[dict[str, Any]]
+    tokens: int
+    steps: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    optimizer_share: float
+    """Operations of the optimizer as a share of those of the model."""
+    mfu: float
+    tokens_per_s: float | None
+    claimed_tokens_per_s: float | None
+    dataset_tokens: int | None
+    suggestion: Scaling
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.tokens_per_s is None else self.tokens / self.tokens_per_s
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Training tokens per active parameter; compute-optimal training takes about 20."""
+        return self.tokens / self.model.active
+
+    @property
+    def epochs(self) -> float | None:
+        return None if self.dataset_tokens is None else self.tokens / self.dataset_tokens
+
+    @property
+    def suggested(self) -> dict[str, float | int]:
+        """Settings that the size rules give for a run of this length."""
+        optim = self.suggestion.optim(self.config.optim.model_copy(update=dict.fromkeys(("lr", "weight_decay"))))
+        assert optim.lr is not None
+        assert optim.weight_decay is not None
+        return {
+            "train.batch_tokens": self.suggestion.batch_tokens,
+            "optim.lr": float(f"{optim.lr:.3g}"),
+            "optim.weight_decay": float(f"{optim.weight_decay:.3g}"),
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for --json."""
+        m = self.model
+        return {
+            "parameters": {
+                "total": m.parameters,
+                "active": m.active,
+                "embedding": m.embedding,
+                "parts": [asdict(part) for part in m.parts],
+            },
+            "flops_per_token": {"train": m.train_flops, "forward": m.forward_flops, "palm_style": m.palm_flops},
+            "cache_bytes_per_sequence": m.cache_bytes,
+            "target": asdict(self.target) | {"devices": self.devices},
+            "memory": {
+                "parts": self.memory.parts,
+                "total": self.memory.total,
+                "micro_batch": self.memory.micro_batch,
+                "largest_micro_batch": self.memory.largest_micro_batch,
+            },
+            "optimizer": {"groups": self.groups, "operations_share": self.optimizer_share},
+            "run": {
+                "tokens": self.tokens,
+                "steps": self.steps,
+                "batch_tokens": self.config.batch_tokens,
+                "context_length": self.config.model.context_length,
+                "mfu": self.mfu,
+                "tokens_per_s": self.tokens_per_s,
+                "seconds": self.seconds,
+                "flops": self.tokens * m.train_flops,
+                "tokens_per_parameter": self.tokens_per_parameter,
+                "epochs": self.epochs,
+                "dataset_tokens": self.dataset_tokens,
+            },
+            "disk": {"checkpoint_bytes": self.checkpoint_bytes, "total_bytes": self.disk_bytes},
+            "suggested": self.suggested,
+            "notes": list(self.notes),
+        }
+
+
+# ---------------------------------------------------------------------------------------- the configuration
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A configuration to plan for, which need not have its data yet."""
+
+    config: RunConfig
+    dataset_tokens: int | None
+    notes: tuple[str, ...]
+
+
+def draft(raw: Mapping[str, Any], *, tokens: int | None = None) -> Draft:
+    """A raw configuration (preset, overrides, flags merged) -> a frozen one.
+
+    The vocabulary comes from `model.vocab_size`, else from the data, else it is assumed. The length comes from
+    `tokens`, else from the configuration, else it is 12 tokens per parameter.
+    """
+    notes: list[str] = []
+    model = raw.get("model")
+    given = model.get("vocab_size") if isinstance(model, Mapping) else None
+    data = build(DataConfig, raw.get("data") or {})
+    dataset_tokens = None
+    vocab_size = given or ASSUMED_VOCABULARY
+    if all(_exists(source.path) for source in data.train):
+        sets = inspect(data)
+        vocab_size = given or sets.vocab_size
+        dataset_tokens = sum(sets.manifests[source.path].n_tokens for source in sets.train)
+    else:
+        missing = next(source.path for source in data.train if not _exists(source.path))
+        notes.append(f"{missing} is not there: epochs are unknown" + ("" if given else ", the vocabulary is assumed"))
+    length = {"train": {"tokens": tokens, "steps": None}} if tokens is not None else {}
+    config = build(RunConfig, merge(raw, {"model": {"vocab_size": vocab_size}}, length))
+    if config.train.steps is None and config.train.tokens is None:
+        notes.append("no length is given: 12 tokens per parameter are assumed")
+    return Draft(settled(config), dataset_tokens, tuple(notes))
+
+
+def _exists(path: str) -> bool:
+    return any((Path(path) / name / MANIFEST).is_file() for name in (".", "train"))
+
+
+# ---------------------------------------------------------------------------------------- the machine
+
+
+def find_target(name: str = "auto", dtype: str = "auto") -> Target:
+    """This machine ("auto", "cpu", "cuda", "mps") or a GPU of the table ("h100"). LmError for an unknown name.
+
+    On this machine's CPU the peak is measured (0.3 s).
+    """
+    listed = known_device(name)
+    if listed is not None:
+        kind = "bf16" if dtype == "auto" else dtype
+        # fp32 products run in TF32, at half the rate of bf16.
+        peak = listed.peak_flops * (0.5 if kind == "fp32" else 1.0)
+        return Target(listed.name, "cuda", kind, peak, listed.memory, listed.source)
+    try:
+        device = machine.resolve_device(name)
+    except LmError as error:
+        raise LmError(
+            error.message, hint=f"Use cpu, cuda, mps or auto, or one of: {', '.join(known_device_names())}."
+        ) from None
+    compute, _ = machine.resolve_dtype(dtype, device)
+    kind = {value: key for key, value in machine.DTYPES.items()}[compute]
+    label = machine.device_name(device)
+    if device.type == "cuda":
+        sheet = known_device(label)
+        peak_flops = None if sheet is None else sheet.peak_flops * (0.5 if kind == "fp32" else 1.0)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return Target(label, "cuda", kind, peak_flops, memory, "data sheet" if sheet else "unknown")
+    measured = measure_peak(device, compute)
+    return Target(label, device.type, kind, measured, _main_memory(), "measured product of 1024 x 1024 matrices")
+
+
+def _main_memory() -> int | None:
+    """Bytes of main memory that this process may use: the machine's or its control group's."""
+    sizes: list[int] = []
+    for path, key in (
+        ("/proc/meminfo", "MemTotal:"),
+        ("/sys/fs/cgroup/memory.max", ""),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", ""),
+    ):
+        try:
+            text = Path(path).read_text()
+        except OSError:
+            continue
+        words = text.split()
+        if key and key in words:
+            sizes.append(int(words[words.index(key) + 1]) * 1024)
+        elif words and words[0].isdigit():
+            sizes.append(int(words[0]))
+    return min(sizes, default=None)
+
+
+# ---------------------------------------------------------------------------------------- the plan
+
+
+def plan_run(
+    drafted: Draft,
+    target: Target,
+    *,
+    devices: int = 1,
+    mfu: float | None = None,
+    tokens_per_s: float | None = None,
+) -> RunPlan:
+    """Put everything together.
+
+    mfu: utilisation of the peak by exact operations (default: what is usual). tokens_per_s: a throughput that somebody
+    claims, over all devices; refused when it would need more than the peak.
+    """
+    config, notes = drafted.config, list(drafted.notes)
+    model = plan_model(config.model)
+    optimizer, _ = meta_optimizer(config)
+    work = sum(_orthogonalisation(group.rows) for group in optimizer.groups if group.kind == "muon")
+    share = work / (model.train_flops * config.batch_tokens)
+    peak = None if target.peak_flops is None else target.peak_flops * devices
+    wanted = DEFAULT_MFU.get(target.device_type, 0.3) if mfu is None else mfu
+    if not 0 < wanted <= 1:
+        raise LmError(
+            f"an MFU of {wanted:g} is impossible: it is a share of the device's peak, between 0 and 1.",
+            hint="Good training code reaches 0.3 to 0.6 on a GPU.",
+        )
+    if tokens_per_s is not None:
+        if peak is None:
+            raise LmError(
+                f"the peak of {target.name} is not known, so {tokens_per_s:,.0f} tokens per second cannot be judged."
+            )
+        wanted = tokens_per_s * model.train_flops / peak
+        if wanted > 1:
+            raise LmError(
+                f"{tokens_per_s:,.0f} tokens per second are impossible: at {model.train_flops:.3g} operations per "
+                f"token they need {100 * wanted:.0f} % of the peak of {devices} x {target.name} "
+                f"({peak / 1e12:,.4g} TFLOP/s).",
+                hint=f"The peak itself gives {peak / model.train_flops:,.0f} tokens per second, good code about half.",
+            )
+    speed = None if peak is None else wanted * peak / model.train_flops / (1 + share)
+    if peak is None:
+        notes.append(f"the peak of {target.name} is not known: no time is given rather than a guess")
+    memory = plan_memory(config, target, optimizer, devices=devices)
+    if memory.largest_micro_batch is not None and memory.largest_micro_batch < memory.micro_batch:
+        notes.append(_advice(memory, target))
+    keep = config.train.checkpoint
+    size = 4 * model.parameters + optimizer.state_bytes()
+    kept = keep.keep + 1 + (config.total_steps // keep.keep_every if keep.keep_every else 0)
+    tokens = config.total_steps * config.batch_tokens
+    return RunPlan(
+        config=config,
+        model=model,
+        target=target,
+        devices=devices,
+        memory=memory,
+        groups=[dict(row) for row in optimizer.table()],
+        tokens=tokens,
+        steps=config.total_steps,
+        checkpoint_bytes=size,
+        disk_bytes=kept * size,
+        optimizer_share=share,
+        mfu=wanted,
+        tokens_per_s=tokens_per_s if tokens_per_s is not None else speed,
+        claimed_tokens_per_s=tokens_per_s,
+        dataset_tokens=drafted.dataset_tokens,
+        suggestion=scale(
+            parameters=model.scaling_parameters, context_length=config.model.context_length, tokens=tokens
+        ),
+        notes=tuple(notes),
+    )
+
+
+def tokens_in(hours: float, drafted: Draft, target: Target, *, devices: int = 1, mfu: float | None = None) -> int:
+    """Tokens that `hours` of training give at the stated (or usual) utilisation."""
+    if target.peak_flops is None:
+        raise LmError(f"the peak of {target.name} is not known, so hours cannot be turned into tokens.",
+                      hint="Give --tokens instead.")  # fmt: skip
+    utilisation = DEFAULT_MFU.get(target.device_type, 0.3) if mfu is None else mfu
+    per_second = utilisation * target.peak_flops * devices / plan_model(drafted.config.model).train_flops
+    return max(1, int(hours * 3600 * per_second))
+
+
+def meta_optimizer(config: RunConfig) -> tuple[Optimizer, list[ParameterInfo]]:
+    """The optimizer and the parameter table of a configuration, without any memory for numbers."""
+    with torch.device("meta"):
+        table = LanguageModel(config.model).parameter_table()
+    return build_optimizer(table, config.optim, total_steps=config.total_steps), table
+
+
+def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devices: int = 1) -> MemoryPlan:
+    """Memory of a training step on one device, and the largest micro-batch that fits."""
+    train, kind = config.train, target.device_type
+    parameters = sum(p.numel() for group in optimizer.groups for p in group.parameters)
+    exact = train.reduce == "exact" or (train.reduce == "auto" and kind == "cpu")
+    wanted = None if train.lanes == "auto" else train.lanes
+    lanes = max(devices, choose_lanes(config.rows, devices, wanted)) if exact else devices
+    copies = max(2, int(math.log2(max(1, lanes // devices))) + 1)
+    fixed = {
+        "program": PROGRAM_BYTES.get(kind, 400 << 20),
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters * copies,
+        "optimizer": optimizer.state_bytes() // devices,
+    }
+    if kind == "cpu" and train.checkpoint.background:
+        fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
+    per_lane = max(1, config.rows // lanes)
+    one, two = (_pass(config, target, rows) for rows in (1, 2))
+    slack = ALLOCATOR.get(kind, 1.1)
+    update = 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters)  # while Muon works, no activations are held
+    largest: int | None = None
+    if target.memory is not None:
+        growth = max(1.0, slack * (two.peak - one.peak))
+        room = 0.95 * target.memory - sum(fixed.values()) - slack * (2 * one.peak - two.peak)
+        largest = max(0, math.floor(room / growth))
+    micro = train.micro_batch
+    if micro == "auto":
+        tokens = 8_192 if kind == "cpu" else 65_536
+        fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
+        micro = max(n for n in fits if n == 1 or n * config.model.context_length <= tokens)
+    assert isinstance(micro, int)
+    kept = one.kept + (micro - 1) * (two.kept - one.kept)
+    peak = one.peak + (micro - 1) * (two.peak - one.peak)
+    moving = {"activations": kept, "temporary": peak - kept, "allocator": round((slack - 1) * peak)}
+    if slack * peak < update:
+        moving = {"optimizer step": update}
+    return MemoryPlan(fixed | moving, micro, largest)
+
+
+def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
+    length, model = config.model.context_length, config.model
+    every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+
+    def at(tokens: int) -> PassMemory:
+        return trace_pass(
+            model,
+            rows=rows,
+            length=tokens,
+            dtype=machine.DTYPES[target.dtype],
+            device_type=target.device_type,
+            checkpoint_every=every,
+        )
+
+    if length <= _LONG or not set(model.pattern) & set("MR"):
+        return at(length)
+    short, long = at(_LONG // 4), at(_LONG // 2)
+    steps = (length - _LONG // 2) / (_LONG // 4)
+    return PassMemory(
+        round(long.kept + steps * (long.kept - short.kept)), round(long.peak + steps * (long.peak - short.peak))
+    )
+
+
+def _advice(memory: MemoryPlan, target: Target) -> str:
+    assert target.memory is not None
+    if memory.largest_micro_batch:
+        return (
+            f"{memory.micro_batch} rows per forward pass do not fit {target.name}: use --set train.micro_batch="
+            f"{memory.largest_micro_batch} or --set train.activation_checkpointing=full"
+        )
+    return (
+        f"not even one row fits {target.name}: try --set train.activation_checkpointing=full, a shorter "
+        "model.context_length, --set optim.optimizer=adamw8bit, or a smaller model"
+    )
+
+
+def _orthogonalisation(rows: Any) -> float:
+    """Operations of Muon's five iterations for the matrices of some parameters, once."""
+    total = 0.0
+    for row in rows:
+        shape, copies = row.parameter.shape, 1
+        if len(shape) == 3:
+            copies, shape = shape[0], shape[1:]
+        for out in row.splits or (shape[0],):
+            short, long = min(out, shape[1]), max(out, shape[1])
+            total += copies * (20.0 * short * short * long + 10.0 * short**3)
+    return total
+
+
+# ---------------------------------------------------------------------------------------- every parameter
+
+
+def list_parameters(config: RunConfig) -> list[dict[str, Any]]:
+    """Every parameter with its role, group, learning rate, decay and initial values."""
+    optimizer, table = meta_optimizer(config)
+    group_of = {row.name: group for group in optimizer.groups for row in group.rows}
+    small = _small_twin(config.model)
+    rows = []
+    for info in table:
+        group = group_of[info.name]
+        rows.append(
+            {
+                "parameter": info.name,
+                "shape": list(info.parameter.shape),
+                "splits": list(info.splits),
+                "role": str(info.role),
+                "group": group.name,
+                "optimizer": group.kind,
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+                "initial": _initial(small[info.name]),
+            }
+        )
+    return rows
+
+
+def _small_twin(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Initial values by name, of a model with the same layers and a width that can be drawn at once.
+
+    Initial values depend on the depth, the standard deviation and the context length, not on the width.
+    """
+    heads = min(config.num_heads, 2)
+    width = 128
+    fields = config.model_dump()
+    fields |= {"vocab_size": 1024, "d_model": width, "num_heads": heads, "num_kv_heads": 0, "head_dim": 64, "d_ff": 256}
+    fields["moe"] |= {"num_experts": 4, "top_k": min(2, config.moe.top_k), "d_expert": 64}
+    fields["mamba"] |= {"d_state": 64, "head_dim": 16, "num_groups": 1, "num_experts": 4}
+    fields["mamba"]["top_k"] = min(2, config.mamba.top_k)
+    fields["resonance"] |= {"num_kernels": 4}
+    twin = LanguageModel(build(ModelConfig, fields))
+    return {name: parameter.detach() for name, parameter in twin.named_parameters()}
+
+
+def _initial(values: torch.Tensor) -> str:
+    """What was drawn, in words: read off the numbers themselves."""
+    flat = values.flatten().double()
+    if flat.numel() == 1 or flat.max() == flat.min():
+        return f"{flat[0]:.4g}"
+    mean, std = float(flat.mean()), float(flat.std())
+    if values.ndim >= 2 and flat.numel() >= 4096 and abs(mean) < 0.1 * std:
+        kurtosis = float((flat - mean).pow(4).mean()) / std**4
+        if kurtosis > 2.5:
+            return f"normal, std {std:.3g}"
+    return f"{flat.min():.3g} .. {flat.max():.3g}"

@@ -1,0 +1,174 @@
+"""The promise of the trainer: whatever interrupts a run, the same command gives the bits of the undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Crash, Watch, crash, curve, hashes
+
+from lmcore.config import dump_yaml, merge
+from lmcore.errors import LmError
+
+CASES = {
+    "muon": (),
+    "adamw": ("optim.optimizer=adamw",),
+    "8-bit adamw": ("optim.optimizer=adamw8bit", "model.d_model=64", "model.d_ff=128"),
+    "normuon": ("optim.normuon=true",),
+    "accumulation": ("train.lanes=2", "train.micro_batch=1"),
+    "dropout": ("model.dropout=0.1", "train.micro_batch=1"),
+    "bf16": ("train.dtype=bf16",),
+    "checkpointed": ("train.activation_checkpointing=full", "model.dropout=0.1"),
+    "random order": ("data.order=random",),
+    "background": ("train.checkpoint.background=true",),
+    "experts": ("model.ffn=e", "model.moe.num_experts=4"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_crash_changes_no_bit(lab, case):
+    settings = CASES[case]
+    settings = ("train.steps=7", "train.checkpoint.every_steps=2", "train.eval.every_steps=3", *settings)
+    lab.run("whole", *settings)
+    for step in (1, 5):  # before the first checkpoint, and between two
+        with pytest.raises(Crash):
+            lab.run("broken", *settings, watch=Watch({step: crash}))
+    lab.run("broken", *settings)
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    assert curve(lab.root / "broken") == curve(lab.root / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_interruption_at_every_step_of_forty(lab, optimizer):
+    settings = (
+        f"optim.optimizer={optimizer}",
+        "model.dropout=0.1",
+        "train.steps=40",
+        "train.micro_batch=1",
+        "train.lanes=4",
+        "train.eval.every_steps=0",
+    )
+    lab.run("whole", *settings, "train.checkpoint.every_steps=0")
+    for step in range(1, 40):
+        with pytest.raises(Crash):
+            lab.run("broken", *settings, "train.checkpoint.every_steps=1", watch=Watch({step + 1: crash}))
+    result = lab.run("broken", *settings, "train.checkpoint.every_steps=1")
+    assert result.step == 40
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    assert [line["loss"] for line in curve(lab.root / "broken")] == [line["loss"] for line in curve(lab.root / "whole")]
+
+
+def test_a_planted_fault_is_seen(lab, monkeypatch):
+    """The comparison above would notice a dropout stream that depends on history."""
+    import lmcore.training.step as step_module
+
+    settings = ("model.dropout=0.1",)
+    count = iter(range(10**6))
+    monkeypatch.setattr(step_module, "lane_seed", lambda *_: next(count))
+    lab.run("whole", *settings)
+    next(count)
+    with pytest.raises(Crash):
+        lab.run("broken", *settings, watch=Watch({6: crash}))
+    lab.run("broken", *settings)
+    assert hashes(lab.root / "broken") != hashes(lab.root / "whole")
+
+
+# ---------------------------------------------------------------------------------------- real processes
+
+
+def start(lab, name, *arguments, **keywords):
+    config = lab.root / "tiny.yaml"
+    lab.root.mkdir(exist_ok=True)
+    config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}, "train": {"steps": 400}})))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lmcore", "train", str(lab.root / name), "--preset", str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **keywords,
+    )
+
+
+def wait_for_step(lab, name, step, process):
+    log = lab.root / name / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_sigkill_and_the_same_command_again(lab):
+    whole = start(lab, "whole")
+    broken = start(lab, "broken")
+    wait_for_step(lab, "broken", 150, broken)
+    broken.kill()
+    broken.communicate()
+    again = start(lab, "broken")
+    assert again.communicate(timeout=120)[0].startswith("trained 400 steps")
+    assert whole.communicate(timeout=120)[0].startswith("trained 400 steps")
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    assert curve(lab.root / "broken") == curve(lab.root / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_saves_at_the_exact_step(lab, number, status):
+    process = start(lab, "run")
+    wait_for_step(lab, "run", 30, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    steps = [line["step"] for line in curve(lab.root / "run") if line["kind"] == "train"]
+    assert hashes(lab.root / "run")["step"] == f"step-{steps[-1]:08d}"
+    assert steps == list(range(1, len(steps) + 1))
+    assert f"stopped at step {steps[-1]:,} of 400" in out
+    assert "lm train --resume" in out
+    events = [json.loads(line) for line in (lab.root / "run" / "run.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "stop"
+    assert events[-1]["signal"] == number
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_directory_is_refused(lab):
+    first = start(lab, "run")
+    wait_for_step(lab, "run", 5, first)
+    second = start(lab, "run")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 75
+    assert "in use by lm train" in err
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.slow
+def test_preemptions_in_a_loop_end_with_the_same_bits(lab):
+    whole = start(lab, "whole")
+    times = 0
+    while True:
+        process = start(lab, "run", *(("--resume",) if times else ()))
+        if times < 3:
+            wait_for_step(lab, "run", 60 * (times + 1), process)
+            process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=120)
+        times += 1
+        if process.returncode != 75:
+            break
+    assert process.returncode == 0
+    assert times == 4
+    whole.communicate(timeout=120)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+
+def test_no_run_to_resume(lab):
+    with pytest.raises(LmError, match="no run to resume"):
+        lab.run("nothing", resume=True)
