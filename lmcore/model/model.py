@@ -307,6 +307,12 @@ class LanguageModel(nn.Module):
         for router in self.routers:
             router.seen_load.zero_()
 
+    def reset_load(self) -> None:
+        """Forget the expert load counted since the last step, as after a pass that was no part of the training."""
+        for router in self.routers:
+            router.step_load.zero_()
+            router.seen_load.zero_()
+
     @torch.no_grad()
     def after_step(self, all_reduce: Callable[[Tensor], Any] | None = None) -> dict[str, Tensor]:
         """Call once after each optimizer step: moves the selection biases of experts and reports their utilisation.

@@ -62,7 +62,7 @@ class Resonance(Owner):
         self.conv = CausalConv(d, r.conv_width, bias=False)
         shape = (self.kernels, self.resonators)
         self.log_decay = nn.Parameter(torch.empty(shape))  # nu
-        self.angle = nn.Parameter(torch.empty(shape))  # theta
+        self.log_angle = nn.Parameter(torch.empty(shape))  # ln theta: slow oscillators need small steps
         self.magnitude = nn.Parameter(torch.empty(shape))  # m
         self.phase = nn.Parameter(torch.empty(shape))  # phi
         self.D = nn.Parameter(torch.empty(d))
@@ -71,7 +71,7 @@ class Resonance(Owner):
     def init_state(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> ResonanceState:
         """The state before the first token; its size does not depend on max_length."""
         channels = self.D.shape[0] // self.kernels
-        double = wide(self.angle.dtype) == torch.float64
+        double = wide(self.log_angle.dtype) == torch.float64
         shape = (batch, self.kernels, channels, self.resonators)
         swing = torch.zeros(shape, dtype=torch.complex128 if double else torch.complex64, device=device)
         return ResonanceState(self.conv.init_tail(batch, dtype, device), swing)
@@ -102,11 +102,11 @@ class Resonance(Owner):
         rate = self.log_decay.to(dtype).exp()
         size = self.magnitude.to(dtype) * (-torch.expm1(-2 * rate)).sqrt()
         phase = self.phase.to(dtype)
-        return rate, self.angle.to(dtype), size * phase.cos(), size * phase.sin()
+        return rate, self.log_angle.to(dtype).exp(), size * phase.cos(), size * phase.sin()
 
     def kernel(self, steps: int, dtype: torch.dtype) -> Tensor:
         """k_t for t < steps: (H, steps) in `dtype`."""
-        rate, angle, re, im = self.oscillators(_exact(dtype, self.angle.device))
+        rate, angle, re, im = self.oscillators(_exact(dtype, self.log_angle.device))
         high, low = _powers(rate, angle, steps)
         left = torch.complex(re, im)[:, None] * high  # (H, I, J)
         left, low = left.to(_complex(dtype)), low.to(_complex(dtype))
@@ -152,16 +152,14 @@ class Resonance(Owner):
         return y, (turn[:, None] if real is None else turn[:, :, None]) * swing + added
 
     def own_parameters(self) -> Iterator[tuple[str, Role, tuple[int, ...], bool]]:
-        for name in ("log_decay", "angle", "magnitude", "phase", "D"):
+        for name in ("log_decay", "log_angle", "magnitude", "phase", "D"):
             yield name, Role.SCALAR, (), False
 
     def reset(self, generator: torch.Generator, std: float) -> None:
         """Memories log-uniform from 1 to context_length tokens, angles log-uniform from pi/context_length to pi."""
         span = math.log(max(self.longest, 2))
         fill_uniform(self.log_decay, -span, 0.0, generator)
-        fill_uniform(self.angle, math.log(math.pi) - span, math.log(math.pi), generator)
-        with torch.no_grad():
-            self.angle.exp_()
+        fill_uniform(self.log_angle, math.log(math.pi) - span, math.log(math.pi), generator)
         nn.init.constant_(self.magnitude, self.resonators**-0.5)
         nn.init.zeros_(self.phase)
         nn.init.ones_(self.D)

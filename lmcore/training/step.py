@@ -104,6 +104,7 @@ class Stepper:
             torch.manual_seed(0)
         self.forward(*_moved(micro, self.world.device))[0].backward()
         self._lanes.begin()
+        self.model.reset_load()
 
     # ------------------------------------------------------------------------------------ the two halves of a step
 

@@ -64,7 +64,7 @@ def make(**changes):
                 parameter.copy_(noise)  # routes some tokens and skips others
             elif "norm" in name or name.endswith(".D"):
                 parameter.copy_(1 + 0.3 * noise)
-            elif parameter.ndim >= 2 and not name.endswith(("angle", "log_decay", "magnitude")):
+            elif parameter.ndim >= 2 and not name.endswith(("log_angle", "log_decay", "magnitude")):
                 parameter.copy_(0.3 * noise)
         for router in model.routers:
             router.bias.copy_(0.05 * torch.randn(router.bias.shape, generator=generator, dtype=torch.float64))
