@@ -16,11 +16,11 @@ TINY = sorted(name for name, _ in preset_names() if name.startswith("tiny-"))
 BIG = {
     "moe-depth-5b": 5_213_062_480,
     "gated-moe-1.7b": 1_730_317_312,
-    "resonance-32k-small": 77_604_096,
-    "resonance-32k-medium": 190_821_376,
-    "resonance-32k-large": 596_569_600,
-    "resonance-32k-xlarge": 1_217_005_568,
-    "hybrid-830m": 831_643_680,
+    "resonance-32k-small": 77_613_312,
+    "resonance-32k-medium": 190_845_952,
+    "resonance-32k-large": 596_610_560,
+    "resonance-32k-xlarge": 1_217_054_720,
+    "hybrid-830m": 831_754_272,
     "local-global-680m": 681_328_128,
 }
 
