@@ -146,6 +146,20 @@ class Locator:
         files = self.manifest.source.get("files")  # adopted data has no plan
         return [str(file) for file in files] if isinstance(files, list) else []
 
+    def source_text(self, origin: Origin) -> bytes | None:
+        """The document's text, read again from its source file; None when the plan or the file is not at hand."""
+        from lmcore.data.plan import read_plan
+        from lmcore.data.readers import read_document
+
+        for folder in (self.path, self.path.resolve().parent):
+            if (folder / PLAN).is_file():
+                try:
+                    plan = read_plan(folder)
+                    return read_document(plan.units, plan.request.text_column, origin.unit, origin.row)
+                except LmError:
+                    return None
+        return None
+
     def at(self, position: int) -> Origin:
         """The origin of the token at a stream position."""
         if not 0 <= position < self.stream.n_tokens:

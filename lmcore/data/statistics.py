@@ -89,6 +89,9 @@ def statistics(
     if deep and manifest.kind == "set":
         _ngrams(path, manifest, result, add, progress)
     result.advice = advice(manifest.n_tokens)
+    if manifest.kind == "set" and manifest.split is None:
+        split = (path / "val" / "manifest.json").is_file()
+        result.advice.append(f"next: lm train --data {path}" if split else f"next: lm split {path}")
     if manifest.n_tokens <= 1024:
         add("V111", path, f"{manifest.n_tokens:,} tokens: contexts up to {manifest.n_tokens - 1:,} only")
     return result

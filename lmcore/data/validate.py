@@ -141,7 +141,10 @@ def repair(report: Report, *, progress: Progress = SILENT) -> list[str]:
     wanted: dict[Path, set[str]] = {}
     for finding in report.findings:
         if finding.repair.startswith("--repair "):
-            wanted.setdefault(Path(finding.where).parent, set()).add(finding.repair.removeprefix("--repair "))
+            folder = Path(finding.where).parent
+            if read_manifest(folder).kind == "view":
+                folder = folder.resolve().parent  # a view's shards are those of its set
+            wanted.setdefault(folder, set()).add(finding.repair.removeprefix("--repair "))
     done = []
     for folder, names in sorted(wanted.items()):
         numbers = {entry.name: number for number, entry in enumerate(read_manifest(folder).shards)}

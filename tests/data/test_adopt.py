@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TinySet, random_documents
+from tiny_sets import TinySet, random_documents
 
 from lmcore.data.adopt import adopt
 from lmcore.data.manifest import read_manifest

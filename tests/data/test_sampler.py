@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TinySet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_sets import TinySet
 
 from lmcore.data.sampler import ROUNDS, Mixture, Sampler, get_batch, permute, quotas, words
 from lmcore.data.stream import TokenStream

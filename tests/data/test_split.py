@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TinySet, blake8, random_documents, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_sets import TinySet, blake8, random_documents, write_set
 
 from lmcore.data.manifest import read_manifest
 from lmcore.data.split import split_key, split_set
@@ -185,7 +185,7 @@ def test_a_broken_view_is_made_again(make_set: Callable[..., TinySet]) -> None:
 
 
 def without_index(tiny: TinySet) -> TinySet:
-    from conftest import write_manifest
+    from tiny_sets import write_manifest
 
     manifest = tiny.manifest
     for shard in manifest["shards"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TinySet, npy_bytes, write_manifest
+from tiny_sets import TinySet, npy_bytes, write_manifest
 
 from lmcore.data.stream import TokenStream
 from lmcore.errors import Exit, LmError

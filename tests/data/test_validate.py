@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TinySet, npy_bytes, random_documents, write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_sets import TinySet, npy_bytes, random_documents, write_manifest
 
 from lmcore.data import shard as shards
 from lmcore.data.findings import CODES, explain
@@ -411,7 +411,7 @@ def test_fuzzed_manifests_never_break_the_reader(tmp_path_factory: pytest.TempPa
     """Any value at any place: the manifest is refused in a sentence, or it reads and validates without a crash."""
     global _BASE
     if _BASE is None:
-        from conftest import write_set
+        from tiny_sets import write_set
 
         _BASE = write_set(tmp_path_factory.mktemp("base") / "set", english(1, 20), rows=1).path
     path = tmp_path_factory.mktemp("fuzz") / "set"
