@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +18,19 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def watch(*, quiet: bool = False) -> Iterator[Observer]:
-    """An Observer for `lmcore.training.loop.train`."""
+    """An Observer for `lmcore.training.loop.train`: a live view on a terminal, lines elsewhere, silence if quiet."""
     if quiet:
         from lmcore.training.observe import SILENT
 
         yield SILENT
-        return
-    yield Lines()
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        view = View()
+        try:
+            yield view
+        finally:
+            view.close()
+    else:
+        yield Lines()
 
 
 class Lines:
@@ -59,6 +67,146 @@ class Lines:
 
     def warn(self, message: str) -> None:
         ui.say(f"{time.strftime('%H:%M:%S')} warning: {message}")
+
+
+class View:
+    """One live panel: where the run stands, how it goes, what it costs. Notes and warnings scroll above it."""
+
+    REFRESH_S = 0.25
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._pace = Pace()
+        self._info: RunInfo | None = None
+        self._record: dict[str, Any] = {}
+        self._validation = self._checkpoint = ""
+        self._phase = ""
+        self._drawn = 0.0
+        self._console = ui.stderr()
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+
+    def started(self, info: RunInfo) -> None:
+        self._info = info
+        self._pace.start(info)
+        for line in summary(info):
+            self.note(line)
+        self._live.start()
+
+    def close(self) -> None:
+        if self._live.is_started:
+            self._phase = ""
+            self._draw(now=True)
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        self._phase = text
+        self._draw(now=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._pace.step(record)
+        self._record = record
+        self._draw()
+
+    def validated(self, record: dict[str, Any]) -> None:
+        self._validation = validation_line(record)
+        self._draw(now=True)
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        self._checkpoint = f"{path.name} ({seconds:.1f} s)"
+        self._draw(now=True)
+
+    def note(self, message: str) -> None:
+        self._console.print(ui.plain(message), markup=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self._console.print(f"warning: {ui.plain(message)}", style="yellow", markup=False, soft_wrap=True)
+
+    def _draw(self, now: bool = False) -> None:
+        if self._info is None or not self._live.is_started:
+            return
+        if now or time.monotonic() - self._drawn >= self.REFRESH_S:
+            self._drawn = time.monotonic()
+            self._live.update(self.render(), refresh=True)
+
+    def render(self) -> Any:
+        """The panel as a Rich renderable."""
+        from rich import box
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        assert self._info is not None
+        info, record, pace = self._info, self._record, self._pace
+        done = record.get("step", info.first_step)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", justify="right")
+        grid.add_column()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"{done:,} / {info.total_steps:,}", style="bold"),
+            ProgressBar(total=info.total_steps, completed=done, width=40),
+            Text(f"left {duration(pace.eta_s)}" if record else "starting"),
+            Text(self._phase, style="yellow"),
+        )
+        grid.add_row("step", head)
+        for name, text in figures(record, info, pace):
+            grid.add_row(name, Text(ui.plain(text)))
+        if self._validation:
+            grid.add_row("validation", Text(ui.plain(self._validation.removeprefix("validation "))))
+        if self._checkpoint:
+            grid.add_row("checkpoint", Text(ui.plain(self._checkpoint)))
+        return Panel(grid, title=Text(ui.plain(str(info.run_dir))), box=box.ROUNDED, title_align="left", expand=False)
+
+
+def figures(record: dict[str, Any], info: RunInfo, pace: Pace) -> list[tuple[str, str]]:
+    """(name, text) of each line of the live view."""
+    if not record:
+        return []
+    times = record["time"]
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    smooth = "" if pace.loss is None else f"   smoothed {pace.loss:.4f}"
+    norm = "not finite" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+    groups = "   ".join(
+        f"{name} {value:.3g}" for name, value in record.get("grad_norms", {}).items() if value is not None
+    )
+    speed = (
+        f"{ui.short_number(info.batch_tokens / max(pace.step_s, 1e-9))} tokens/s   {1000 * pace.step_s:,.0f} ms/step"
+    )
+    if times.get("mfu"):
+        speed += f"   MFU {100 * times['mfu']:.0f} % of {ui.short_number(info.peak_flops)}FLOP/s ({info.peak_source})"
+    lines = [
+        ("loss", f"{loss}{smooth}   {sparkline(pace.losses)}"),
+        ("lr", f"{record['lr']:.3e}   epoch {record['epoch']:.2f}   {ui.short_number(record['tokens'])} tokens"),
+        ("gradient", f"{norm}   {groups}"),
+        ("speed", speed),
+        (
+            "waiting",
+            f"data {100 * times['data_wait_s'] / max(times['step_s'], 1e-9):.1f} %   "
+            f"memory {times['peak_bytes'] / 2**30:.2f} GiB",
+        ),
+    ]
+    if "shares" in record:
+        lines.append(("sources", "   ".join(f"{name} {100 * share:.1f} %" for name, share in record["shares"].items())))
+    dead = record.get("metrics", {}).get("router/dead")
+    if dead:
+        entropy = record["metrics"].get("router/entropy", [])
+        lines.append(
+            ("experts", f"evenness {min(entropy):.2f} to {max(entropy):.2f}   dead {100 * max(dead):.0f} % at worst")
+        )
+    return lines
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    """The course of some values in `width` characters, low to high; each character is a mean."""
+    if len(values) < 2:
+        return ""
+    size = max(1, -(-len(values) // width))
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    marks = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+    return "".join(marks[int((len(marks) - 1) * (value - low) / ((high - low) or 1))] for value in means)
 
 
 class Pace:

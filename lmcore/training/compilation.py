@@ -19,8 +19,8 @@ from lmcore.training.parallel import World
 from lmcore.training.step import Stepper
 
 WHOLE_GRAPH_LAYERS = 8
-CPU_MIN_FLOPS = 3e13
-"""On a CPU compiling takes 15 to 40 s and then saves about a quarter of the time; runs below this never win it back."""
+CPU_MIN_FLOPS = 5e14
+"""On a CPU compiling takes 15 to 60 s and then saves a tenth to a quarter of the time: a matter for runs of an hour."""
 
 
 def wants_compile(config: RunConfig, device: torch.device) -> bool:

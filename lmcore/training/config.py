@@ -179,7 +179,7 @@ class TrainConfig(Config):
     same bits. fast: in the order that costs least. auto: exact on CPU, fast on GPU."""
     lanes: int | Literal["auto"] = "auto"
     """Parts of a batch whose gradients are summed as a binary tree (exact only): a power of two, at least the number of
-    ranks. auto: the largest up to 8 that divides the rows of a step."""
+    ranks. auto: the largest up to 4 (or the number of ranks) that divides the rows of a step."""
     deterministic: bool | Literal["auto"] = "auto"
     """Use deterministic algorithms only. auto: on CPU."""
     threads: int | None = Field(default=None, ge=1)

@@ -10,8 +10,8 @@ ranks by a butterfly (parallel.py). Rank r of W owns lanes r S/W .. (r+1) S/W - 
                  \\_______/       \\_______/
                       \\_______________/
 
-Gradients live in flat buffers, so that a merge and an exchange are one operation; `p.grad` are views into the live one.
-At most log2(S/W) + 1 buffers exist.
+The gradients of a lane are the tensors that backward made: nothing is zeroed or copied, a merge is one addition. They
+are laid into one flat buffer only to be exchanged between ranks. At most log2(S/W) + 1 sets of gradients exist.
 """
 
 from __future__ import annotations
@@ -23,81 +23,61 @@ from torch import Tensor
 
 from lmcore.training.parallel import World
 
+MAX_LANES = 4
+"""More lanes allow more ranks, and cost an addition of all gradients each."""
+
 
 class LaneSum:
     """Sums gradients and a vector of scalars over lanes and ranks."""
 
     def __init__(self, parameters: Sequence[Tensor], world: World, *, exact: bool) -> None:
-        """parameters: those whose `.grad` is accumulated by backward, all of one device."""
+        """parameters: those whose `.grad` is accumulated by backward, all of one device and dtype."""
         self.parameters = list(parameters)
         self._world, self._exact = world, exact
-        self._free: list[_Buffer] = []
-        self._stack: list[tuple[int, _Buffer, Tensor]] = []
-        self._live = self._take()
+        self._stack: list[tuple[int, list[Tensor], Tensor]] = []
 
     def begin(self) -> None:
-        """A new step: forget everything and point every `.grad` into a zeroed buffer."""
-        self._free.extend(buffer for _, buffer, _ in self._stack)
+        """A new step: forget all gradients."""
         self._stack.clear()
-        self._live.attach(self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def end_lane(self, scalars: Tensor) -> None:
         """A lane is complete: merge its sum with those of its neighbours. scalars: (n,) fp64, summed the same way."""
-        level, buffer = 0, self._live
+        level, gradients = 0, []
+        for parameter in self.parameters:
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
         while self._stack and self._stack[-1][0] == level:
-            _, other, others = self._stack.pop()
-            buffer.flat.add_(other.flat)
-            scalars = others + scalars
-            self._free.append(other)
+            _, others, before = self._stack.pop()
+            torch._foreach_add_(gradients, others)
+            scalars = before + scalars
             level += 1
-        self._stack.append((level, buffer, scalars))
-        self._live = self._take()
-        self._live.attach(self.parameters)
+        self._stack.append((level, gradients, scalars))
 
     def finish(self) -> Tensor:
         """All lanes of this rank are complete: sum over the ranks; `.grad` hold the result. Returns the scalars."""
         assert len(self._stack) == 1, "the number of lanes of a rank is a power of two"
-        _, buffer, scalars = self._stack.pop()
-        self._free.append(self._live)
-        self._live = buffer
-        if self._exact:
-            self._world.butterfly_sum_(buffer.flat, scalars)
-        else:
-            self._world.sum_(buffer.flat, scalars)
-        buffer.point(self.parameters)
+        _, gradients, scalars = self._stack.pop()
+        if self._world.size > 1:
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            (self._world.butterfly_sum_ if self._exact else self._world.sum_)(flat, scalars)
+            pieces = flat.split([gradient.numel() for gradient in gradients])
+            gradients = [piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True)]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         return scalars
 
     def scale_(self, factor: float) -> None:
         """Multiply all gradients."""
-        self._live.flat.mul_(factor)
-
-    def _take(self) -> _Buffer:
-        return self._free.pop() if self._free else _Buffer(self.parameters)
-
-
-class _Buffer:
-    """One flat gradient and its views."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        pieces = self.flat.split(sizes)
-        self.views = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-
-    def attach(self, parameters: Sequence[Tensor]) -> None:
-        self.flat.zero_()
-        self.point(parameters)
-
-    def point(self, parameters: Sequence[Tensor]) -> None:
-        for parameter, view in zip(parameters, self.views, strict=True):
-            parameter.grad = view
+        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
 
 
 def choose_lanes(rows: int, world_size: int, wanted: int | None = None) -> int:
-    """The number of lanes: `wanted`, or the largest power of two up to 8 (or up to the number of ranks) that
+    """The number of lanes: `wanted`, or the largest power of two up to MAX_LANES (or up to the number of ranks) that
     divides."""
     lanes = 1
-    limit = wanted or max(8, world_size)
+    limit = wanted or max(MAX_LANES, world_size)
     while lanes * 2 <= limit and rows % (lanes * 2) == 0:
         lanes *= 2
     return lanes

@@ -1,4 +1,4 @@
-"""Several ranks give the bits of one: fixed reduction lanes, sharded optimizer state, save on one and resume on four."""
+"""Several ranks give the bits of one: reduction lanes, sharded optimizer state, save on one and resume on four."""
 
 import itertools
 import os
@@ -37,7 +37,7 @@ def test_lanes_are_summed_as_a_binary_tree(lanes):
         total.begin()
         for lane in range(lanes):
             for p, g in zip(parameters, gradients[lane], strict=True):
-                p.grad += g
+                p.grad = g.clone()
             total.end_lane(scalars[lane])
         assert torch.equal(total.finish(), tree(scalars))
         for index, p in enumerate(parameters):
@@ -45,7 +45,7 @@ def test_lanes_are_summed_as_a_binary_tree(lanes):
 
 
 def test_choose_lanes():
-    assert choose_lanes(64, 1) == 8
+    assert choose_lanes(64, 1) == 4
     assert choose_lanes(12, 1) == 4
     assert choose_lanes(7, 1) == 1
     assert choose_lanes(64, 16) == 16
