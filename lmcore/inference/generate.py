@@ -23,7 +23,6 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +32,9 @@ import torch
 from torch import Tensor
 
 from lmcore.errors import Exit, LmError
+from lmcore.inference.decode import Decoder
 from lmcore.inference.sampling import SamplingConfig, Uniforms, next_tokens
 from lmcore.inference.text import TextStream
-from lmcore.model.attention import KVCache
 from lmcore.model.state import DecodeState
 from lmcore.progress import SILENT, Progress
 
@@ -148,6 +147,7 @@ def generate(
     encoded = [_encode(tokenizer, prompt, loaded.model.config.vocab_size) for prompt in prompts]
     engine = _Engine(loaded.model, config, encoded, overflow)
     table = tokenizer.token_bytes()
+    table += [b""] * (loaded.model.config.vocab_size - len(table))  # imported models may have more rows than tokens
     waiting = deque(
         _Row(index, sample, list(ids), Uniforms(config.seed, ids, sample), TextStream(table, config.stop))
         for index, ids in enumerate(encoded)
@@ -216,6 +216,7 @@ class _Engine:
     ) -> None:
         self.model = model
         self.config = config
+        self.decoder = Decoder(model)
         self.rows: list[_Row] = []
         self.device = next(model.parameters()).device
         self.limit: int | None = None
@@ -248,12 +249,10 @@ class _Engine:
             if state := self.state if staying else None:
                 kept = torch.tensor(staying, device=self.device)
                 states.append(state.select(kept) if len(staying) < len(self.rows) else state)
-            states += [self._prefill(row, reserve=(self.limit or 0) // 2) for row in again]
-            states += self._prefill_new(new)
-            self.rows = [self.rows[i] for i in staying] + again + new
-            if states:
-                lengths = torch.tensor([row.position for row in self.rows], device=self.device)
-                self.state = _concatenate(states, lengths)
+            arriving, more = self._prefill(again, new)
+            states += more
+            self.rows = [self.rows[i] for i in staying] + arriving
+            self.state = states[0] if len(states) == 1 else DecodeState.concatenate(states) if states else None
             self.seen = self._seen() if self.config.repetition_penalty != 1.0 else None
         return bool(self.rows)
 
@@ -261,8 +260,9 @@ class _Engine:
     def step(self) -> list[tuple[_Row, int, TokenLogprob | None]]:
         """Read the last token of every row and draw the next one."""
         config = self.config
-        tokens = torch.tensor([[row.context[-1]] for row in self.rows], device=self.device)
-        logits = self.model.logits(self.model.trunk(tokens, state=self.state))[:, -1]  # (B, V)
+        tokens = torch.tensor([row.context[-1] for row in self.rows], device=self.device)
+        assert self.state is not None
+        logits = self.decoder(tokens, self.state)  # (B, V)
         if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise LmError(
                 "the model gives no finite logits: its weights are damaged, or the training diverged.",
@@ -279,30 +279,35 @@ class _Engine:
             logprobs = _logprobs(logits, drawn, config.logprobs)
         return list(zip(self.rows, drawn.tolist(), logprobs, strict=True))
 
-    def _prefill_new(self, rows: Sequence[_Row]) -> list[DecodeState]:
-        """A state of one row for each. Samples of one prompt share the work."""
+    def _prefill(self, again: Sequence[_Row], new: Sequence[_Row]) -> tuple[list[_Row], list[DecodeState]]:
+        """Read the tokens of rows except the last ones. Rows that read equally much are read together, samples of one
+        prompt once. Returns the rows in the order of the states' rows."""
+        groups: dict[int, dict[tuple[int, ...], list[_Row]]] = {}
+        half = (self.limit or 0) // 2
+        for rows, reserve in ((again, half), (new, min(self.config.max_tokens, half))):
+            for row in rows:
+                read = self._window(row.context[:-1], reserve)
+                row.position = len(read)
+                groups.setdefault(len(read), {}).setdefault(tuple(read), []).append(row)
+        ordered: list[_Row] = []
         states: list[DecodeState] = []
-        for number, row in enumerate(rows):
-            if number and rows[number - 1].prompt == row.prompt:
-                row.position = rows[number - 1].position
-                states.append(states[-1])
-            else:
-                states.append(self._prefill(row, reserve=min(self.config.max_tokens, (self.limit or 0) // 2)))
-        return states
+        for length, texts in groups.items():
+            tokens = torch.tensor(list(texts), dtype=torch.long, device=self.device)
+            state = self.model.init_state(len(texts), self.capacity)
+            for begin in range(0, length, step := max(1, PREFILL_TOKENS // len(texts))):
+                self.decoder.read(tokens[:, begin : begin + step], state)
+            copies = [index for index, rows in enumerate(texts.values()) for _ in rows]
+            if len(copies) > len(texts):
+                state = state.select(torch.tensor(copies, device=self.device))
+            ordered += [row for rows in texts.values() for row in rows]
+            states.append(state)
+        return ordered, states
 
-    def _prefill(self, row: _Row, *, reserve: int) -> DecodeState:
-        """The state after all tokens of a row but the last. Of a text that does not fit, the last tokens are read, so
-        that `reserve` positions stay free."""
-        read = row.context[:-1]
-        if self.limit is not None and len(read) >= self.limit:
-            read = read[len(read) - (self.limit - max(1, reserve)) :]
-        row.position = len(read)
-        tokens = torch.tensor([read], dtype=torch.long, device=self.device)
-        state = self.model.init_state(1, self.capacity)
-        for begin in range(0, row.position, PREFILL_TOKENS):
-            piece = slice(begin, begin + PREFILL_TOKENS)
-            self.model.trunk(tokens[:, piece], state=state)
-        return state
+    def _window(self, read: list[int], reserve: int) -> list[int]:
+        """Of a text that does not fit the cache, the last tokens, so that `reserve` positions stay free."""
+        if self.limit is None or len(read) < self.limit:
+            return read
+        return read[len(read) - (self.limit - max(1, reserve)) :]
 
     def _seen(self) -> Tensor:
         seen = torch.zeros(len(self.rows), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
@@ -324,22 +329,6 @@ def _encode(tokenizer: Any, prompt: str | Sequence[int], vocab_size: int) -> lis
     if wrong is not None:
         raise LmError(f"the prompt holds the token id {wrong:,}; the vocabulary ends at {vocab_size - 1:,}.")
     return ids
-
-
-def _concatenate(states: Sequence[DecodeState], lengths: Tensor) -> DecodeState:
-    """One batch of several; lengths: (B,) tokens that each row has read. Rows that have come equally far stay aligned,
-    which decodes faster; others are ragged."""
-    longest = int(lengths.max())
-    aligned = all(state.lengths is None and state.length == longest for state in states)
-    layers = []
-    for parts in zip(*(state.layers for state in states), strict=True):
-        if not aligned:
-            parts = tuple(part.unaligned() if isinstance(part, KVCache) else part for part in parts)
-        layer = type(parts[0]).concatenate(parts) if len(parts) > 1 else parts[0]
-        if isinstance(layer, KVCache):
-            layer = dataclasses.replace(layer, used=min(longest, layer.slots))
-        layers.append(layer)
-    return DecodeState(layers, longest, None if aligned else lengths, states[0].max_length)
 
 
 def _logprobs(logits: Tensor, drawn: Tensor, count: int) -> list[TokenLogprob]:

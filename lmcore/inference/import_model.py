@@ -32,6 +32,7 @@ from lmcore.training import rundir
 from lmcore.training import tensors as files
 from lmcore.training.config import RunConfig, TrainConfig
 
+BATCH_TOKENS = 32_768  # what the run would train with unless told otherwise
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -65,7 +66,7 @@ def import_model(
     tokenizer = _read_tokenizer(folder, config, progress)
     weights = families.from_hf_tensors(theirs, config, family, str(folder))
     model = _build(config, weights, str(folder))
-    rows = max(1, TrainConfig().batch_tokens // config.context_length)
+    rows = max(1, BATCH_TOKENS // config.context_length)
     run = RunConfig(model=config, train=TrainConfig(batch_tokens=rows * config.context_length))
     state: dict[str, Any] = {
         "step": 0,

@@ -106,10 +106,10 @@ def test_transformers_computes_the_same_logits(row: str, tmp_path: Path) -> None
         ({"mtp": {"depths": 1}}, "multi-token heads"),
         ({"pattern": "AM", "mamba": MAMBA}, "qk_norm: true"),
         ({"pattern": "AM", "qk_norm": False, "mamba": MAMBA | {"num_groups": 2}}, "mamba.num_groups 2"),
-        ({"pattern": "W", "window": 8, "qk_norm": False}, "pattern W"),
+        ({"pattern": "W", "window": 8, "qk_norm": False}, "qk_norm: false"),
         ({"ffn": "d-"}, "ffn -"),
         ({"ffn": "e", "moe": SIGMOID, "gate": "headwise"}, "gate: headwise"),
-        ({"ffn": "ed", "moe": SIGMOID}, "dense layers after expert layers"),
+        ({"ffn": "ed", "moe": SIGMOID}, "moe.score: sigmoid"),
     ],
 )
 def test_what_no_family_carries_is_named(settings: dict[str, Any], named: str) -> None:

@@ -1,0 +1,60 @@
+"""The fast decoder gives the logits of the model itself, for every kind of layer, aligned and ragged rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lmcore.inference.decode import Decoder, can_pack
+from lmcore.model.state import DecodeState
+from tests.inference.tiny import small_config, small_model
+
+MAMBA = {"d_state": 16, "head_dim": 16}
+MOE = {"num_experts": 4, "top_k": 2, "d_expert": 16}
+LAYERS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "no qk_norm, untied": {"qk_norm": False, "tie_embeddings": False},
+    "headwise gate": {"gate": "headwise"},
+    "elementwise gate": {"gate": "elementwise", "num_kv_heads": 4},
+    "windows": {"pattern": "AW", "window": 16},
+    "mamba and experts": {"pattern": "AM", "ffn": "de", "mamba": MAMBA, "moe": MOE},
+    "routed mamba, resonance": {"pattern": "RF", "mamba": MAMBA},
+    "depth routing": {"depth": "-m"},
+    "no feed-forward": {"pattern": "AM", "ffn": "-", "mamba": MAMBA},
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_equals_the_model(layers: str, dtype: torch.dtype) -> None:
+    model = small_model(small_config(250, context_length=64, **LAYERS[layers]), dtype=dtype)
+    assert can_pack(model) == (dtype != torch.float64)
+    tokens = torch.randint(0, 250, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder = Decoder(model)
+        states, references = [], []
+        for row, length in enumerate((9, 9, 4)):  # two rows that are aligned, and one that is shorter
+            states.append(model.init_state(1, 40))
+            references.append(model.init_state(1, 40))
+            hidden = decoder.read(tokens[row : row + 1, :length], states[-1])
+            expected = model.trunk(tokens[row : row + 1, :length], state=references[-1])
+            assert (hidden - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+        for members in ((0, 1), (0, 1, 2)):
+            state = DecodeState.concatenate([states[m].select(torch.tensor([0])) for m in members])
+            reference = DecodeState.concatenate([references[m].select(torch.tensor([0])) for m in members])
+            assert (state.lengths is None) == (len(members) == 2)
+            for step in range(9, 21):
+                fast = decoder(tokens[list(members), step], state)
+                slow = model(tokens[list(members), step : step + 1], state=reference)[:, -1]
+                assert fast.dtype == slow.dtype
+                assert (fast - slow).abs().max() <= TOLERANCE[dtype] * slow.abs().max()
+                assert state.length == reference.length
+            if state.lengths is not None:
+                assert torch.equal(state.lengths, reference.lengths)
+            # The states stay interchangeable.
+            after = model(tokens[list(members), 21:], state=state)
+            expected = model(tokens[list(members), 21:], state=reference)
+            assert (after - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
