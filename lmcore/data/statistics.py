@@ -28,6 +28,8 @@ Add = Callable[..., None]
 
 SAMPLE_TOKENS = 4 << 20
 """Ids counted for entropy and top ids."""
+ROW = 512
+"""Tokens of the stretches that are compared with each other."""
 _WINDOW = 16_384
 _DECODED = 64  # documents decoded and hashed at the default level
 _TOKENS_PER_PARAMETER = 20  # compute-optimal training (Hoffmann et al. 2022)
@@ -65,16 +67,21 @@ def statistics(
     documents: dict[int, npt.NDArray[np.void]],
     tokenizer: Any,
     deep: bool,
+    row_keys: npt.NDArray[np.uint64] | None,
     add: Add,
     progress: Progress,
 ) -> Statistics:
-    """Statistics of a sound set or view; `add(code, where, message)` receives what smells."""
+    """Statistics of a sound set or view; `add(code, where, message)` receives what smells.
+
+    row_keys: a key of the beginning of every row of 512 tokens, from the pass over the bytes; None for views.
+    """
     result = Statistics()
     stream = TokenStream.open(path, verify="size")
     sample = _sample(stream)
     _count_ids(path, manifest, sample, tokenizer, result, add)
-    _rows(path, sample, manifest, result, add)
-    _equal_rows(path, stream, add)
+    _rows(path, sample, add)
+    if row_keys is not None:
+        _equal_rows(path, stream, row_keys, add)
     if len(documents) == len(manifest.shards):
         index = StreamDocuments.build(path, manifest, documents)
         _documents(path, manifest, index, result, add)
@@ -109,7 +116,13 @@ def _sample(stream: TokenStream) -> npt.NDArray[Any]:
 def _count_ids(
     path: Path, manifest: Manifest, sample: npt.NDArray[Any], tokenizer: Any, s: Statistics, add: Add
 ) -> None:
-    ids, counts = np.unique(sample, return_counts=True)
+    # Counting is several times faster than sorting, and ids of a sound set are small.
+    table_of = np.bincount(sample.reshape(-1), minlength=1) if int(sample.max()) < 1 << 22 else None
+    if table_of is not None:
+        ids = np.flatnonzero(table_of)
+        counts = table_of[ids]
+    else:
+        ids, counts = np.unique(sample, return_counts=True)
     share = counts / counts.sum()
     s.sampled_tokens, s.distinct_ids = int(counts.sum()), len(ids)
     s.entropy_bits = float(-(share * np.log2(share)).sum())
@@ -136,10 +149,11 @@ def _count_ids(
             add("V105", path, f"id {number} ({text!r}) takes {100 * fraction:.0f} % of all tokens")
 
 
-def _rows(path: Path, sample: npt.NDArray[Any], manifest: Manifest, s: Statistics, add: Add) -> None:
-    """Rows of one id, and rows that repeat a short pattern, among the sampled tokens."""
+def _rows(path: Path, sample: npt.NDArray[Any], add: Add) -> None:
+    """Rows of one id, and rows that repeat a short pattern, among at most 1,024 sampled stretches."""
     width = min(512, sample.shape[1])
     rows = sample[:, : sample.shape[1] // width * width].reshape(-1, width)
+    rows = rows[:: max(1, len(rows) // 1024)]
     ordered = np.sort(rows, axis=1)
     half = width // 2
     # An id with more than half of the places holds the middle of the sorted row, and equals the value half a row away.
@@ -160,21 +174,23 @@ def _rows(path: Path, sample: npt.NDArray[Any], manifest: Manifest, s: Statistic
         add("V107", path, f"{100 * count / len(rows):.1f} % of sampled stretches repeat a pattern of up to 13 ids")
 
 
-def _equal_rows(path: Path, stream: TokenStream, add: Add) -> None:
-    """Rows of 512 tokens at multiples of 512 that occur more than once (of at most 2M rows)."""
-    width, n = 512, stream.n_tokens // 512
-    if n < 2:
+def _equal_rows(path: Path, stream: TokenStream, keys: npt.NDArray[np.uint64], add: Add) -> None:
+    """Rows whose beginnings are equal are suspects; what they hold decides."""
+    if len(keys) < 2:
         return
-    step = -(-n // 2_000_000)
-    starts = np.arange(0, n, step, dtype=np.int64) * width
-    prefix = stream.windows(starts, 16)
-    keys = np.ascontiguousarray(prefix).view(f"V{16 * prefix.itemsize}").reshape(-1)
-    _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    suspects = np.flatnonzero(counts[group] > 1)[:20_000]
-    seen = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in stream.windows(starts[suspects], width)]
-    repeated = len(seen) - len(set(seen))
-    if repeated > max(5, len(starts) // 200):
-        add("V102", path, f"{repeated:,} of {len(starts):,} rows of {width} tokens repeat another row")
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    twin = np.zeros(len(keys), np.bool_)
+    twin[1:] = ordered[1:] == ordered[:-1]
+    twin[:-1] |= twin[1:]
+    suspects = np.sort(order[twin])
+    share = max(1.0, len(suspects) / 20_000)
+    starts = suspects[:20_000] * ROW
+    starts = starts[starts + ROW <= stream.n_tokens]
+    seen = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in stream.windows(starts, ROW)]
+    repeated = int((len(seen) - len(set(seen))) * share)
+    if repeated > max(5, len(keys) // 200):
+        add("V102", path, f"about {repeated:,} of {len(keys):,} rows of {ROW} tokens repeat another row")
 
 
 def _documents(path: Path, manifest: Manifest, index: StreamDocuments, s: Statistics, add: Add) -> None:

@@ -43,7 +43,7 @@ from lmcore.data.manifest import (
 )
 from lmcore.data.shard import DOCUMENT, HEADER_BYTES, ShardFile, npy_header
 from lmcore.data.split import first_pieces, piece_ends
-from lmcore.data.statistics import Statistics, statistics
+from lmcore.data.statistics import ROW, Statistics, statistics
 from lmcore.errors import LmError
 from lmcore.progress import SILENT, Progress
 
@@ -51,6 +51,7 @@ Level = Literal["quick", "default", "deep"]
 Documents = npt.NDArray[np.void]
 
 _CHUNK = 1 << 20  # bytes that are hashed and scanned together; stays in the second-level cache
+_MAX_ROW_BYTES = 32 << 30  # of a larger set only the first shards are searched for equal rows
 _SHOWN = 20  # findings of one code per set; the rest is counted
 
 
@@ -167,15 +168,17 @@ def _validate_set(path: Path, level: Level, workers: int, report: Report, progre
     entry.n_shards, entry.dataset_id = len(manifest.shards), manifest.dataset_id
     entry.tokenizer = manifest.tokenizer.name if manifest.tokenizer else ""
     errors = report.errors
+    row_keys: npt.NDArray[np.uint64] | None = None
     _check_listing(path, manifest, report)
     _check_segments(path, manifest, report)
     tokenizer = _check_tokenizer(path, manifest, report)
     sound, documents = _check_files(path, manifest, report)
     if level != "quick":
-        _scan(path, manifest, sound, documents, workers, report, progress)
+        row_keys = _scan(path, manifest, sound, documents, workers, report, progress)
         _check_equal_shards(path, manifest, report)
     if level != "quick" and report.errors == errors:
-        entry.statistics = statistics(path, manifest, documents, tokenizer, level == "deep", report.add, progress)
+        deep = level == "deep"
+        entry.statistics = statistics(path, manifest, documents, tokenizer, deep, row_keys, report.add, progress)
     if manifest.kind == "set" and manifest.split is None:
         _check_views(path, manifest, report)
     elif (path.resolve().parent / MANIFEST).is_file():
@@ -408,7 +411,8 @@ class Scan:
     """Position of the first EOS that is no document end, or document end without EOS; -1 when there is none."""
     bad_pad: int = -1
     wrong_eos: int = 0
-    fault: str = ""
+    row_keys: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    """A key of the first 32 tokens of every 512, for finding equal rows."""
 
 
 def scan_shard(
@@ -418,7 +422,7 @@ def scan_shard(
     eos_id: int | None,
     ends: npt.NDArray[np.int64] | None,
     free_end: bool,
-    advance: Any,
+    keep_rows: bool,
 ) -> Scan:
     """Hash a shard and examine its tokens in one pass.
 
@@ -442,6 +446,9 @@ def scan_shard(
         true = part[: max(0, min(len(part), n_tokens - base))]
         if len(true):
             largest = max(largest, int(true.max()))
+        rows = len(true) // ROW
+        if keep_rows and rows:
+            scan.row_keys.append(_row_keys(true[: rows * ROW].reshape(rows, ROW)))
         if eos_id is not None:
             pad = part[len(true) :]
             if len(pad) and scan.bad_pad < 0 and np.any(pad != eos_id):
@@ -450,9 +457,20 @@ def scan_shard(
                 _compare_eos(scan, true, base, eos_id, ends, n_tokens - 1 if free_end else -1)
         offset += count
         base += len(part)
-        advance(count)
     scan.sha256, scan.max_id = digest.hexdigest(), largest
     return scan
+
+
+def _row_keys(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    words = np.ascontiguousarray(rows[:, :32]).view(np.uint64)
+    key = words[:, 0] * _ODD
+    for column in range(1, words.shape[1]):
+        key = (key ^ words[:, column]) * _ODD
+        key ^= key >> np.uint64(31)
+    return key
+
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _compare_eos(
@@ -480,8 +498,11 @@ def _scan(
     workers: int,
     report: Report,
     progress: Progress,
-) -> None:
+) -> npt.NDArray[np.uint64] | None:
+    """Read all sound shards; returns the keys of the set's rows while they line up with the stream."""
     dtype = np.dtype("<u2" if manifest.dtype == "uint16" else "<u4")
+    row_keys: list[npt.NDArray[np.uint64]] = []
+    aligned = manifest.kind == "set" and all(entry.n_tokens % ROW == 0 for entry in manifest.shards[:-1])
     eos = manifest.tokenizer.eos_id if manifest.tokenizer else None
     vocab = manifest.tokenizer.vocab_size if manifest.tokenizer else 1 << 32
     by_hash = {entry.sha256: entry.name for entry in manifest.shards}
@@ -489,27 +510,23 @@ def _scan(
     progress.start(f"reading {path.name or path}", total, "bytes")
     directory = shards.open_directory(path)
 
-    def work(number: int) -> tuple[int, Scan, int]:
+    def work(number: int) -> tuple[int, Scan]:
         entry = manifest.shards[number]
         file = ShardFile(directory, f"{entry.name}.npy", entry.bytes, parent=manifest.kind == "view")
         ends, free = _document_ends(manifest, number, documents.get(number))
-        moved = 0
-
-        def count(amount: int) -> None:
-            nonlocal moved
-            moved += amount
-
-        scan = scan_shard(file, dtype, entry.n_tokens, eos, ends, free, count)
+        keep = aligned and number < _MAX_ROW_BYTES // entry.bytes
+        scan = scan_shard(file, dtype, entry.n_tokens, eos, ends, free, keep)
         if scan.sha256 == entry.sha256:
             shards.remember(file, entry.sha256)
-        return number, scan, moved
+        return number, scan
 
     with ThreadPoolExecutor(workers) as pool:
-        for number, scan, moved in pool.map(work, sound):
+        for number, scan in pool.map(work, sound):
             entry = manifest.shards[number]
             where = path / f"{entry.name}.npy"
-            progress.advance(moved)
-            report.scanned_bytes += moved
+            progress.advance(entry.bytes)
+            report.scanned_bytes += entry.bytes
+            row_keys += scan.row_keys
             if scan.sha256 != entry.sha256:
                 other = by_hash.get(scan.sha256)
                 if other is not None and other != entry.name:
@@ -531,6 +548,9 @@ def _scan(
                 )
     os.close(directory)
     progress.finish()
+    if not aligned or len(sound) < len(manifest.shards):
+        return None
+    return np.concatenate(row_keys) if row_keys else np.empty(0, np.uint64)
 
 
 def _document_ends(
