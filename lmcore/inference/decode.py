@@ -41,12 +41,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.out_features = weight.shape[0]
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.numel():  # depth routing may let no token through
-            return x.new_zeros(*x.shape[:-1], self.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -69,7 +66,9 @@ class Decoder:
         config, weight = model.config, model.embedding.weight
         self.dtype = model.compute_dtype or weight.dtype
         self.packs = can_pack(model)
-        self.blocks = [_packed_copy(block) if self.packs else block for block in model.blocks]
+        # Depth routing computes on any number of tokens, none among them, which oneDNN refuses.
+        packed = [self.packs and isinstance(block, Block) for block in model.blocks]
+        self.blocks = [_packed_copy(block) if pack else block for block, pack in zip(model.blocks, packed, strict=True)]
         self.head = self._linear(model.head_weight[: config.vocab_size])
         self.fast = [_is_plain(block) for block in self.blocks]
         self.rope: tuple[Tensor, Tensor] | None = None
@@ -109,7 +108,7 @@ class Decoder:
             elif block.ffn is not None:
                 y = block.ffn(block.ffn_norm(x[:, None]))  # type: ignore[operator]
                 x = x + (y[0] if isinstance(y, tuple) else y)[:, 0]
-        logits = self.head(F.rms_norm(x, (config.d_model,), model.norm.weight.to(x.dtype), config.norm_eps))
+        logits: Tensor = self.head(F.rms_norm(x, (config.d_model,), model.norm.weight.to(x.dtype), config.norm_eps))
         return logits.to(wide(logits.dtype))
 
     def read(self, tokens: Tensor, state: DecodeState) -> Tensor:
@@ -255,6 +254,6 @@ def _packed_copy(block: nn.Module) -> nn.Module:
     clone = copy.deepcopy(block, shared)
     for parent in list(clone.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and min(child.weight.shape) >= 16:  # oneDNN refuses some narrow ones
+            if isinstance(child, Linear):
                 setattr(parent, name, PackedLinear(child.weight))
     return clone

@@ -30,6 +30,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_equals_the_model(layers: str, dtype: torch.dtype) -> None:
+    if layers == "depth routing" and dtype == torch.bfloat16:
+        pytest.skip("rounding lets its router choose other tokens")
     model = small_model(small_config(250, context_length=64, **LAYERS[layers]), dtype=dtype)
     assert can_pack(model) == (dtype != torch.float64)
     tokens = torch.randint(0, 250, (3, 24), generator=torch.Generator().manual_seed(0))

@@ -108,6 +108,31 @@ def test_overlap_can_be_allowed(lm: Callable[..., Any], root: Path) -> None:
     assert done.code == 0
 
 
+def test_tasks(lm: Callable[..., Any], root: Path) -> None:
+    place = root / "tasks" / "quiz" / "rc_0shot"
+    place.mkdir(parents=True)
+    lines = [
+        {
+            "doc_id": d,
+            "idx": i,
+            "label": d % 2,
+            "request": {"context": f"Q{d}:", "continuation": (" yes", " no")[i]},
+        }
+        for d in range(6)
+        for i in range(2)
+    ]
+    (place / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("eval", root / "runs" / "a", "--task-files", root / "tasks", "-q")
+    document = json.loads(lm(*options, "--tasks", "quiz", "--limit", 4, "--json").out)
+    (result,) = document["tasks"]
+    assert (result["task"], result["documents"], result["chance"]) == ("quiz/rc_0shot", 4, 0.5)
+    assert 0 <= result["scores"]["acc"]["value"] <= 1
+    assert "quiz/rc_0shot" in lm(*options, "--tasks", "quiz").out
+    assert json.loads(lm(*options, "--tasks", "list", "--json").out) == {"quiz": ["rc_0shot"]}
+    wrong = lm(*options, "--tasks", "quizz")
+    assert (wrong.code, "There are: quiz" in wrong.err) == (2, True)
+
+
 def test_help_has_examples(lm: Callable[..., Any]) -> None:
     done = lm("eval", "--help")
     for word in ("Data", "Model and speed", "lm eval runs/a runs/b"):

