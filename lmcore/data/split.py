@@ -52,6 +52,7 @@ Link = Literal["symlink", "hardlink", "copy", "none"]
 Segment = tuple[int, int, int]
 Keys = npt.NDArray[np.uint64]
 
+MAX_SEGMENTS = 2_000_000  # about 45 MB of manifest, read in two seconds
 REST = "train"
 MIN_TOKENS = 257  # a view must hold one window of the smallest context that anybody trains
 
@@ -118,7 +119,7 @@ def split_set(
     with storage.lock_directory(path, "lm split"):
         storage.sweep(path)
         plan = _BY[chosen](path, parent, rule, progress)
-        _require_useful(path, rule, plan, min_tokens)
+        _require_useful(path, rule, plan, min_tokens, materialize)
         report = SplitReport(path, chosen, [], _leakage(plan.common), plan.common)
         if chosen == "document" and link != "none" and not materialize:
             report.warnings.append(
@@ -348,7 +349,13 @@ def _leakage(common: int | None) -> str:
     return "unverifiable" if common is None else ("documents" if common else "none")
 
 
-def _require_useful(path: Path, rule: _Rule, plan: _Plan, min_tokens: int) -> None:
+def _require_useful(path: Path, rule: _Rule, plan: _Plan, min_tokens: int, materialize: bool) -> None:
+    for name, segments in zip(rule.names, plan.segments, strict=True):
+        if len(segments) > MAX_SEGMENTS and not materialize:
+            raise LmError(
+                f"{path}: the view {name} would have {len(segments):,} segments; {MAX_SEGMENTS:,} are the limit.",
+                hint="Hold out less, split by shard, or write the views' tokens with --materialize.",
+            )
     for name, segments, n_docs in zip(rule.names, plan.segments, plan.n_docs, strict=True):
         tokens = sum(stop - start for _, start, stop in segments)
         if tokens < max(min_tokens, 1):
