@@ -32,7 +32,7 @@ data: env  ## Tokenize the interpreter's own standard library, check the shards,
 	$(LM) split $(SET)
 
 train: env  ## Train a small model on it; run again to continue
-	$(LM) train --preset nano --data $(SET) --run $(RUN)
+	$(LM) train $(RUN) --preset nano --data $(SET)
 
 eval: env  ## Loss, perplexity and bits per byte on the held-out documents
 	$(LM) eval $(RUN)

@@ -56,3 +56,16 @@ def test_options_in_the_docs_exist(page):
             options = {o for p in group.commands[match[1]].params for o in [*p.opts, *p.secondary_opts]} | {"--help"}
             for option in re.findall(r"(?<=\s)(--[a-z][a-z-]*)", match[2]):
                 assert option in options, f"{page.name}: lm {match[1]} {option}"
+
+
+def test_the_troubleshooting_page_quotes_real_messages():
+    """Each quoted piece of a message stands in the source, so the page cannot fall behind it."""
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for folder in ("lmcore", "tools") for path in (ROOT / folder).rglob("*.py")
+    )
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that are broken over lines
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for heading in re.findall(r"^\*\*(`.*?)\*\*", page, flags=re.MULTILINE):
+        for quoted in re.findall(r"`([^`]+)`", heading):
+            for piece in quoted.split("..."):
+                assert piece.strip() in source, f"no message says: {quoted}"
