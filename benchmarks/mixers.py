@@ -1,0 +1,133 @@
+"""Training time and memory of every mixer from 2,048 to 32,768 tokens of context.
+
+    python benchmarks/mixers.py [--lengths 2048 4096 8192 16384 32768] [--width 64] [--layers 2] [--plot
+    docs/mixers.png] python benchmarks/mixers.py --layers 16 --lengths 32768 --recompute        a whole step at 32k,
+    block by block
+
+One sequence, forward and backward of mixer blocks without feed-forwards, each (mixer, length) in a process of its own
+so that peak memory is its own. Time is that of the processor (one thread), which other work on the machine hardly
+changes. The slope is the exponent of time in length: 1 is linear, 2 quadratic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+NAMES = {"A": "attention", "W": "window 1024", "M": "Mamba-2", "F": "resonance"}
+
+
+def measure(letter: str, length: int, width: int, layers: int, repeats: int, recompute: bool) -> dict[str, float]:
+    import torch
+
+    from lmcore.model.config import ModelConfig
+    from lmcore.model.model import LanguageModel
+
+    config = ModelConfig(
+        vocab_size=256,
+        d_model=width,
+        num_layers=layers,
+        num_heads=max(1, width // 32),
+        pattern=letter,
+        ffn="-",
+        window=1024,
+        context_length=length,
+        rope_theta=1e6,
+        mamba={"head_dim": 32, "d_state": 32},
+    )
+    torch.set_num_threads(1)
+    model = LanguageModel(config)
+    model.compute_dtype = torch.bfloat16
+    model.checkpoint_every = int(recompute)
+    tokens = torch.randint(0, 256, (1, length + 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(repeats + (repeats > 1)):
+        began = time.process_time()
+        model.loss(tokens[:, :-1], tokens[:, 1:]).objective().backward()
+        times.append(time.process_time() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(times[repeats > 1 :]), "mb": (peak - before) / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16_384, 32_768])
+    parser.add_argument("--mixers", default="AWMF")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--recompute", action="store_true", help="recompute every block in the backward pass")
+    parser.add_argument("--plot", help="file for the plot, .png or .svg")
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--one", nargs=2, metavar=("MIXER", "LENGTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        letter, length = options.one
+        size = (options.width, options.layers, options.repeats, options.recompute)
+        print(json.dumps(measure(letter, int(length), *size)))
+        return
+
+    import torch
+
+    print(f"torch {torch.__version__}, bf16, 1 thread, width {options.width}, {options.layers} layers")
+    found: dict[str, dict[int, dict[str, float]]] = {letter: {} for letter in options.mixers}
+    for length in options.lengths:
+        for letter in options.mixers:
+            command = [sys.executable, __file__, "--one", letter, str(length), f"--width={options.width}"]
+            command += [f"--layers={options.layers}", f"--repeats={options.repeats}"]
+            command += ["--recompute"] if options.recompute else []
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            result = json.loads(done.stdout)
+            found[letter][length] = result
+            rate = length / result["seconds"]
+            print(
+                f"{NAMES.get(letter, letter):12s} {length:6d} tokens  {result['seconds']:8.3f} s  {rate:9,.0f} tok/s  "
+                f"+{result['mb']:6.0f} MB",
+                flush=True,
+            )
+    for letter, results in found.items():
+        if len(results) > 1:
+            first, last = min(results), max(results)
+            ratio = results[last]["seconds"] / results[first]["seconds"]
+            print(
+                f"{NAMES.get(letter, letter):12s} time grows with length^{math.log(ratio) / math.log(last / first):.2f}"
+            )
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({NAMES.get(k, k): v for k, v in found.items()}, file, indent=1)
+    if options.plot:
+        plot(found, options.plot)
+
+
+def plot(found: dict[str, dict[int, dict[str, float]]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for letter, results in found.items():
+        lengths = sorted(results)
+        speed.loglog(
+            lengths, [results[n]["seconds"] for n in lengths], marker="o", base=2, label=NAMES.get(letter, letter)
+        )
+        memory.loglog(lengths, [results[n]["mb"] for n in lengths], marker="o", base=2, label=NAMES.get(letter, letter))
+    speed.set_title("forward and backward, processor seconds")
+    memory.set_title("memory above the start, MB")
+    for axes in (speed, memory):
+        axes.set_xlabel("tokens of context")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
