@@ -88,7 +88,7 @@ def command(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help="Benchmarks instead of held-out text: hellaswag, arc_easy, mmlu, ... or TASK/FORMAT; 'list' shows all.",
+            help="Benchmarks instead of held-out text: hellaswag, mmlu, ... or TASK/FORMAT; 'list' shows all.",
             rich_help_panel=TASKS,
             show_default=False,
         ),
