@@ -96,8 +96,9 @@ def _document(report: Report) -> dict[str, Any]:
 
 def _show(report: Report) -> None:
     for finding in report.findings:
-        mend = f"  ({finding.repair})" if finding.repair else ""
-        ui.emit(f"{finding.severity} {finding.code} {finding.where}: {finding.message}{mend}")
+        repair = f"lm validate {report.path} --repair" if finding.repair.startswith("--repair") else finding.repair
+        mend = f" Try: {repair}" if repair else ""
+        ui.emit(f"{finding.severity} {finding.code} {finding.where}: {finding.message.rstrip(chr(46))}.{mend}")
     for code, count in report.more.items():
         ui.emit(f"... and {count:,} more {code}")
     ui.table(

@@ -393,5 +393,5 @@ def _smells(found: Foreign, report: Report) -> None:
     ceiling = float(np.log2(min(int(ids.max()) + 1, len(sample))))
     if len(sample) > 10_000 and ceiling >= 8 and entropy > 0.97 * ceiling:
         report.add("V104", found.path, f"entropy {entropy:.2f} of at most {ceiling:.2f} bits per token")
-    if float(share.max()) > 1 / 3:
+    if len(sample) > 1000 and float(share.max()) > 1 / 3:
         report.add("V105", found.path, f"id {int(ids[share.argmax()])} takes {100 * share.max():.0f} % of the sample")

@@ -347,19 +347,22 @@ def to_device(windows: npt.NDArray[Any], device: str | torch.device) -> tuple[to
     """(B, T+1) windows -> (inputs, targets), int64 (B, T) on `device`.
 
     The small stored dtype crosses to a GPU, from pinned memory and without waiting, and is widened there: a quarter of
-    the bytes of int64.
+    the bytes of int64. Unsigned ids travel as signed numbers of the same width, which every device knows, and get their
+    value back by a mask.
     """
     import torch
 
     device = torch.device(device)
-    if windows.dtype.str not in _TORCH_DTYPES:
-        windows = windows.astype(np.int64)
-    tensor = torch.from_numpy(windows)
+    signed, mask = _CARRIERS.get(windows.dtype.str, (None, 0))
+    tensor = torch.from_numpy(windows.view(signed) if signed else windows.astype(np.int64))
     if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    elif device.type != "cpu":
-        tensor = tensor.to(torch.int64).to(device)  # mps has no unsigned 16-bit type
-    return tensor[:, :-1].to(torch.int64).contiguous(), tensor[:, 1:].to(torch.int64).contiguous()
+        tensor = tensor.pin_memory()
+    tensor = tensor.to(device, non_blocking=True)
+    parts = []
+    for part in (tensor[:, :-1], tensor[:, 1:]):
+        wide = part.to(torch.int64).contiguous()
+        parts.append(wide.bitwise_and_(mask) if mask else wide)
+    return parts[0], parts[1]
 
 
-_TORCH_DTYPES = {"<u2", "<u4", "<u8", "<i2", "<i4", "<i8", "|u1", "|i1"}
+_CARRIERS = {"<u2": ("<i2", 0xFFFF), "<u4": ("<i4", 0xFFFF_FFFF)}

@@ -102,6 +102,8 @@ class ShardFile:
                 self.linked = True
             info = os.fstat(self.descriptor)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # says nothing about the file
             gone = error.errno == errno.ENOENT
             what = ("the link leads nowhere" if self.linked else "is missing") if gone else f"{error.strerror}"
             raise LmError(f"{self.label}: {what}.", code=Exit.DATA) from None

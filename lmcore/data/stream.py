@@ -26,8 +26,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import resource
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +38,11 @@ import numpy.typing as npt
 
 from lmcore.data import shard as shards
 from lmcore.data.manifest import TOKENIZER, Manifest, ShardEntry, read_manifest
-from lmcore.errors import Exit, LmError
+from lmcore.errors import Exit, LmError, from_os_error
 
 Verify = Literal["first-use", "full", "size"]
 
-_MAX_OPEN = 512  # descriptors kept per stream; the default limit of a process is 1,024
+_MAX_OPEN = 512  # descriptors kept per stream, fewer where the process may not have many
 
 
 class TokenStream:
@@ -88,11 +90,12 @@ class TokenStream:
         path = Path(path)
         stream = cls(path, read_manifest(path), None, verify)
         assert stream.manifest is not None
-        for index, entry in enumerate(stream.manifest.shards):
-            file = stream._file(index)
-            if verify == "full":
-                with _in(path):
-                    file.verify(entry.sha256)
+        for index in range(len(stream.manifest.shards)):
+            stream._file(index)
+        if verify == "full":
+            with ThreadPoolExecutor() as pool:  # hashing runs outside the interpreter lock
+                for _ in pool.map(stream._verify_shard, range(len(stream.manifest.shards))):
+                    pass
         return stream
 
     @classmethod
@@ -272,6 +275,12 @@ class TokenStream:
     def _is_view(self) -> bool:
         return self.manifest is not None and self.manifest.kind == "view"
 
+    def _verify_shard(self, index: int) -> None:
+        assert self.manifest is not None
+        file = self._file(index)
+        with _in(self.path):
+            file.verify(self.manifest.shards[index].sha256)
+
     def _file(self, index: int, *, use: bool = False) -> shards.ShardFile:
         """The kept descriptor of a shard. `use`: its tokens are about to be read, so its content must be known."""
         assert self.manifest is not None
@@ -280,15 +289,25 @@ class TokenStream:
             file = self._files.get(index)
             if file is None:
                 with _in(self.path):
-                    file = shards.ShardFile(self._directory, f"{entry.name}.npy", entry.bytes, parent=self._is_view)
+                    file = self._open_shard(entry)
                     file.require_header(shards.npy_header(self.dtype, (entry.rows, self.manifest.seq_len)))
                 self._files[index] = file
-                if len(self._files) > _MAX_OPEN:
+                if len(self._files) > min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
                     self._files.popitem(last=False)  # closes when no thread reads it any more
             if use and (file.linked or self._verify != "size"):
                 with _in(self.path):
                     file.verify(entry.sha256)
         return file
+
+    def _open_shard(self, entry: ShardEntry) -> shards.ShardFile:
+        for last in (False, True):
+            try:
+                return shards.ShardFile(self._directory, f"{entry.name}.npy", entry.bytes, parent=self._is_view)
+            except OSError as error:  # out of descriptors: other streams of the process hold them
+                if last:
+                    raise from_os_error(error, f"{entry.name}.npy", "read") from error
+                self._files.clear()
+        raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager

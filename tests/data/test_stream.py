@@ -118,7 +118,7 @@ def test_vocabulary_is_compared_and_the_shard_named(tiny_set: TinySet) -> None:
 def test_every_length_of_a_cut_or_extended_shard_is_refused(tiny_set: TinySet) -> None:
     file = tiny_set.path / "shard-00001.npy"
     good = file.read_bytes()
-    for size in [*range(0, 300), *range(len(good) - 300, len(good)), len(good) + 1, len(good) + 128]:
+    for size in [*range(0, 140), *range(len(good) - 140, len(good)), len(good) + 1, len(good) + 128]:
         file.write_bytes(good[:size].ljust(size, b"x"))
         with pytest.raises(LmError, match=r"shard-00001\.npy: .* bytes, the manifest says"):
             TokenStream.open(tiny_set.path, verify="size")
@@ -268,6 +268,7 @@ def test_threads_share_a_stream(tiny_set: TinySet, monkeypatch: pytest.MonkeyPat
     assert not wrong
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 def test_descriptors_are_closed(tiny_set: TinySet) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
