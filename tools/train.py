@@ -234,7 +234,8 @@ def command(
         wandb=wandb,
     )
     typed = merge(parse_overrides(settings or []), flags)
-    launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume)
+    look = print_config or dry_run or verify_resume
+    launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume, look)
     if print_config:
         return _print_config(launch, json)
     if dry_run:
@@ -306,7 +307,7 @@ def _source(text: str) -> dict[str, Any]:
 
 
 def _launch(
-    run_dir: Path | None, preset: str, typed: dict[str, Any], overrides: dict[str, Any], resume: bool
+    run_dir: Path | None, preset: str, typed: dict[str, Any], overrides: dict[str, Any], resume: bool, look: bool
 ) -> Launch:
     from lmcore.training import checkpoint
     from lmcore.training.config import read_preset
@@ -320,7 +321,7 @@ def _launch(
             run_dir = _run_of_checkpoint(run_dir)
         return prepare(run_dir, typed=typed, overrides=overrides, resume=True)
     name, raw = read_preset(preset)
-    return prepare(run_dir or Path("runs") / name, preset=raw, typed=typed, overrides=overrides)
+    return prepare(run_dir or Path("runs") / name, preset=raw, typed=typed, overrides=overrides, look=look)
 
 
 def _run_of_checkpoint(path: Path) -> Path:
@@ -359,11 +360,38 @@ def _print_config(launch: Launch, json: bool) -> None:
 
 
 def _dry_run(launch: Launch, json: bool) -> None:
-    raise NotImplementedError
+    from lmcore.training.parallel import world_size
+    from lmcore.training.plan import draft, find_target, plan_run
+
+    config = launch.config
+    target = find_target(config.train.device, config.train.dtype)
+    plan = plan_run(draft(config.model_dump(mode="json")), target, devices=world_size())
+    if json:
+        ui.emit_json(plan.document())
+        return
+    from .plan import show
+
+    show(plan)
 
 
 def _verify_resume(launch: Launch, json: bool, quiet: bool) -> None:
-    raise NotImplementedError
+    from lmcore.errors import Exit
+    from lmcore.training.rehearsal import rehearse
+
+    with ui.progress(quiet) as progress:
+        found = rehearse(launch.config, progress=progress)
+    if json:
+        ui.emit_json(vars(found))
+    else:
+        ui.emit(f"undisturbed            {found.undisturbed}")
+        ui.emit(f"killed {found.kills} times, resumed {found.killed}")
+        if found.same:
+            ui.emit(f"exact: weights, optimizer state and log of {found.steps} steps are equal ({found.seconds:.0f} s)")
+        else:
+            ui.emit(f"not exact: {', '.join(found.differs)} differ")
+            ui.emit("try --no-compile, --set train.deterministic=true and a fixed --set train.threads=N")
+    if not found.same:
+        sys.exit(int(Exit.DATA))
 
 
 # ---------------------------------------------------------------------------------------- leaving

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lmcore.config import Config, Count, build, leaves, merge, parse_yaml, read_yaml
+from lmcore.config import Config, Count, build, merge, parse_yaml, read_yaml
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
 from lmcore.model.plan import plan_model
@@ -368,9 +368,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any, Key
     """(key, old value, new value, class) of every setting that differs, in the order of the schema."""
     before, after = flatten(old), flatten(new)
     return [
-        (key, before.get(key), after.get(key), key_class(key))
-        for key in leaves(RunConfig)
-        if before.get(key) != after.get(key)
+        (key, before.get(key), after.get(key), key_class(key)) for key in before if before.get(key) != after.get(key)
     ]
 
 

@@ -57,16 +57,18 @@ def prepare(
     typed: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
+    look: bool = False,
 ) -> Launch:
     """Decide what runs in `run_dir`. Writes nothing.
 
-    preset: the raw preset or file; typed: `--set` and flags, merged; overrides: `--override`. Raises LmError when the
+    preset: the raw preset or file; typed: `--set` and flags, merged; overrides: `--override`. look: only looking, as if
+    the directory were new. Raises LmError when the
     directory holds another run, or when a resumed run would change what it must not.
     """
     run_dir = Path(run_dir)
     typed, overrides = typed or {}, overrides or {}
     notes: list[str] = []
-    exists = (run_dir / CONFIG).is_file()
+    exists = (run_dir / CONFIG).is_file() and (resume or not look)
     if not exists:
         if resume:
             raise LmError(f"{run_dir}: no run to resume here.", hint="Start one with: lm train")

@@ -1,0 +1,132 @@
+"""Run configurations: layers, the size dial, presets, and the three classes of settings when a run goes on."""
+
+import math
+
+import pytest
+
+from lmcore.config import build, merge
+from lmcore.errors import LmError
+from lmcore.model.plan import plan_model
+from lmcore.training.config import (
+    DataConfig,
+    RunConfig,
+    Source,
+    complete,
+    differences,
+    flatten,
+    key_class,
+    preset_names,
+    read_preset,
+    read_run_config,
+    settled,
+)
+
+SMALL = {"model": {"d_model": 64, "num_layers": 2, "num_heads": 2, "context_length": 128}}
+
+
+def made(*layers, vocab_size=1000):
+    return complete(merge(SMALL, *layers), vocab_size=vocab_size, train=[Source(path="a")], val=["v"])
+
+
+def test_a_completed_configuration_has_nothing_left_to_guess_and_survives_yaml(tmp_path):
+    config = made({"train": {"tokens": "1M", "batch_tokens": 4096}})
+    assert config.model.vocab_size == 1000
+    assert config.total_steps == config.train.steps == math.ceil(1e6 / 4096)
+    assert config.optim == config.optim.resolved(config.total_steps)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert read_run_config(tmp_path / "c.yaml") == config
+    assert settled(config) == config
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"batch_tokens": 1000, "steps": 5}, "the nearest are 896 or 1,024"),
+        ({"steps": 5, "tokens": 10_000}, "give one of them"),
+        ({"step": 5}, "Did you mean train.steps"),
+        ({"lanes": 3}, "power of two"),
+        ({"micro_batch": 0}, "at least 1"),
+        ({"guard": {"on_spike": "explode"}}, "on_spike"),
+    ],
+)
+def test_wrong_settings_are_named(train, message):
+    with pytest.raises(LmError, match=message):
+        made({"train": train})
+
+
+def test_a_vocabulary_smaller_than_the_data_is_refused():
+    with pytest.raises(LmError, match="too small for the data"):
+        made({"model": {"vocab_size": 999}})
+    assert made({"model": {"vocab_size": 1024}, "train": {"steps": 2, "batch_tokens": 128}}).model.vocab_size == 1024
+
+
+def test_the_dial_fills_what_was_not_given():
+    config = made({})
+    size = plan_model(config.model).scaling_parameters
+    assert config.total_steps * config.batch_tokens == pytest.approx(12 * size, rel=0.05)
+    longer = made({"train": {"tokens": "1B"}})
+    assert longer.batch_tokens > config.batch_tokens
+    assert longer.optim.lr > config.optim.lr
+    assert made({"train": {"tokens": "1B"}, "optim": {"lr": 0.5}}).optim.lr == 0.5
+    steps = made({"train": {"steps": 100}})
+    assert steps.total_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("x", [("x", 1.0)]),
+        ({"a": 0.7, "b": 0.3}, [("a", 0.7), ("b", 0.3)]),
+        (["a", {"path": "b", "weight": 2}], [("a", 1.0), ("b", 2.0)]),
+        ({"path": "c"}, [("c", 1.0)]),
+    ],
+)
+def test_spellings_of_the_training_data(value, expected):
+    assert [(s.path, s.weight) for s in DataConfig(train=value).train] == expected
+
+
+def test_a_set_listed_twice_is_refused():
+    with pytest.raises(ValueError, match="listed twice"):
+        DataConfig(train=["a", "a"])
+
+
+@pytest.mark.parametrize(("name", "description"), preset_names())
+def test_every_preset_is_a_whole_configuration(name, description):
+    _, raw = read_preset(name)
+    config = settled(build(RunConfig, merge(raw, {"model": {"vocab_size": 50_257}})))
+    assert len(description) > 20
+    assert config.total_steps > 0
+    assert config.rows >= 1
+
+
+@pytest.mark.parametrize(("name", "millions"), [("gpt2-124m", 124), ("small", 51), ("medium", 201), ("large", 501)])
+def test_presets_have_the_size_that_they_promise(name, millions):
+    _, raw = read_preset(name)
+    config = build(RunConfig, merge(raw, {"model": {"vocab_size": 50_257}}))
+    assert round(plan_model(config.model).parameters / 1e6) == millions
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(LmError, match="did you mean gpt2-124m"):
+        read_preset("gpt2-125m")
+
+
+def test_every_setting_has_a_class():
+    classes = {key: key_class(key) for key in flatten(made({"train": {"steps": 1, "batch_tokens": 128}}))}
+    assert classes["model.d_model"] == classes["train.seed"] == classes["optim.optimizer"] == "identity"
+    assert classes["optim.lr"] == classes["train.steps"] == classes["train.batch_tokens"] == "schedule"
+    assert classes["model.dropout"] == classes["train.dtype"] == "schedule"
+    assert classes["train.device"] == classes["train.eval.every_steps"] == classes["data.train"] == "free"
+    assert {k for k, c in classes.items() if c == "identity"} >= {k for k in classes if k.startswith("model.")} - {
+        "model.dropout"
+    }
+
+
+def test_differences_name_key_values_and_class():
+    a = made({"train": {"steps": 5, "batch_tokens": 128}})
+    b = made({"train": {"steps": 5, "batch_tokens": 128, "log": {"every_steps": 3}}, "optim": {"lr": 0.5}})
+    assert differences(a, a) == []
+    assert differences(a, b) == [
+        ("optim.lr", a.optim.lr, 0.5, "schedule"),
+        ("train.log.every_steps", 10, 3, "free"),
+    ]

@@ -1,0 +1,174 @@
+"""New runs, repeated commands, resumed runs: what may change, what may not, and that a change is really applied."""
+
+import json
+import shutil
+
+import pytest
+from conftest import Crash, Watch, crash, curve, hashes
+
+from lmcore.errors import LmError
+from lmcore.training import rundir
+from lmcore.training.checkpoint import load_model, newest
+
+
+def stopped(lab, name, at=6, *settings):
+    with pytest.raises(Crash):
+        lab.run(name, *settings, watch=Watch({at: crash}))
+
+
+def test_the_same_command_says_that_nothing_is_left(lab):
+    assert lab.run("run").reason == "finished"
+    before = hashes(lab.root / "run")
+    again = lab.run("run")
+    assert again.reason == "nothing to do"
+    assert again.validation["bits_per_byte"] > 0
+    assert hashes(lab.root / "run") == before
+
+
+def test_another_command_in_the_same_directory_is_refused_with_a_table(lab):
+    stopped(lab, "run")
+    with pytest.raises(LmError) as caught:
+        lab.run("run", "model.d_model=64", "train.seed=3")
+    assert "model.d_model" in caught.value.message
+    assert "there: 32" in caught.value.message
+    assert "here: 64" in caught.value.message
+    assert "train.seed" in caught.value.message
+    assert caught.value.code == 2
+
+
+def test_free_settings_may_change(lab):
+    lab.run("whole")
+    stopped(lab, "run")
+    watch = Watch()
+    lab.run("run", "train.log.every_steps=3", "train.checkpoint.keep=5", watch=watch)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+    events = rundir.RunDirectory(lab.root / "run").events()
+    changed = {c["setting"] for c in events[1]["changes"]}
+    assert changed == {"train.log.every_steps", "train.checkpoint.keep"}
+
+
+@pytest.mark.parametrize("setting", ["optim.lr=0.5", "train.steps=20", "train.batch_tokens=512", "train.dtype=bf16"])
+def test_the_schedule_changes_only_by_override(lab, setting):
+    stopped(lab, "run")
+    with pytest.raises(LmError, match="--override") as caught:
+        lab.run("run", setting, resume=True)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("setting", ["model.d_model=64", "train.seed=1", "optim.optimizer=adamw", "data.order=random"])
+def test_the_identity_never_changes(lab, setting):
+    stopped(lab, "run")
+    with pytest.raises(LmError, match="Start a new run"):
+        lab.run("run", override=(setting,), resume=True)
+
+
+def test_an_override_is_applied_and_lives_on(lab):
+    stopped(lab, "run")
+    stopped_at = 4
+    with pytest.raises(Crash):
+        lab.run("run", override=("optim.lr=0.005", "train.steps=16"), resume=True, watch=Watch({10: crash}))
+    lab.run("run", resume=True)  # without repeating it
+    lines = {line["step"]: line["lr"] for line in curve(lab.root / "run") if line["kind"] == "train"}
+    assert max(lines) == 16
+    assert lines[stopped_at] == pytest.approx(0.02, rel=0.3)
+    assert all(lines[n] <= 0.005 for n in range(stopped_at + 1, 17))
+    assert lines[6] == pytest.approx(0.005, rel=0.3)
+    assert load_model(lab.root / "run").config.optim.lr == 0.005
+    assert rundir.RunDirectory(lab.root / "run").config().optim.lr == 0.02
+    # the original command still means this run
+    assert lab.run("run").reason == "nothing to do"
+
+
+def test_longer_than_before(lab):
+    lab.run("run")
+    result = lab.run("run", override=("train.steps=15",), resume=True)
+    assert (result.reason, result.step) == ("finished", 15)
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(lab):
+    lab.run("whole")
+    stopped(lab, "run", 10)
+    damaged = newest(lab.root / "run") / "optimizer.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)
+    watch = Watch()
+    lab.run("run", resume=True, watch=watch)
+    assert any("step-00000008" in text and "passed over" in text for text in watch.said)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+
+def test_changed_data_is_refused_and_the_same_data_elsewhere_is_not(lab, make_set):
+    stopped(lab, "run")
+    moved = lab.data.parent / "moved"
+    shutil.copytree(lab.data, moved, symlinks=True)
+    lab.run("whole")
+    lab.run("run", f"data.train={moved}", resume=True)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+    stopped(lab, "other")
+    another = make_set("another", documents=[b"something else entirely " * 40] * 9)
+    with pytest.raises(LmError) as caught:
+        lab.run("other", f"data.train={another.path}", "data.val=[]", resume=True)
+    assert caught.value.code == 65
+    assert str(another.path) in caught.value.message
+    assert "is new" in caught.value.message
+
+
+def test_a_truncated_shard_stops_the_run_before_a_step(lab):
+    shard = next(lab.data.glob("shard-*.npy"))
+    with open(shard, "ab") as file:
+        file.truncate(shard.stat().st_size - 1)
+    with pytest.raises(LmError) as caught:
+        lab.run("run")
+    assert caught.value.code == 65
+    assert not (lab.root / "run" / "checkpoints").exists()
+
+
+def test_context_longer_than_the_data(lab):
+    with pytest.raises(LmError) as caught:
+        lab.run("run", "model.context_length=65536", "train.batch_tokens=65536")
+    assert caught.value.code == 65
+    assert "too few" in caught.value.message
+
+
+def test_a_mixture_logs_realised_shares_and_validates_each_source(lab, make_set):
+    from lmcore.data.split import split_set
+
+    other = make_set("other", documents=[bytes([65 + n % 26]) * 200 for n in range(40)])
+    split_set(other.path, fractions={"val": 0.2})
+    mixture = f"data.train={{{lab.data}: 0.75, {other.path}: 0.25}}"
+    result = lab.run("run", mixture)
+    lines = [line for line in curve(lab.root / "run") if line["kind"] == "train"]
+    shares = list(lines[-1]["shares"].values())
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] == pytest.approx(0.75, abs=0.12)
+    assert set(result.validation["sources"]) == {"data", "other"}
+    state = json.loads((newest(lab.root / "run") / "state.json").read_text())
+    assert [s["weight"] for s in state["sources"]] == [0.75, 0.25]
+
+
+def test_sets_of_different_tokenizers_are_refused(lab, make_set):
+    from lmcore.data.tokenizer import Tokenizer
+    from tests.tiny_sets import write_manifest
+
+    other = make_set("other")
+    manifest = other.manifest
+    tokenizer = Tokenizer.train(["a few words to train on"] * 5, 300)
+    tokenizer.save(other.path / "tokenizer.json")
+    manifest["tokenizer"] = tokenizer.entry().model_dump(mode="json")
+    write_manifest(other.path, manifest)
+    with pytest.raises(LmError, match="different tokenizers") as caught:
+        lab.run("run", f"data.train=[{lab.data}, {other.path}]")
+    assert caught.value.code == 65
+
+
+def test_validation_agrees_with_lm_eval(lab):
+    from lmcore.data.stream import TokenStream
+    from lmcore.inference.evaluate import evaluate
+
+    result = lab.run("run", "train.eval.tokens=1M")
+    found = evaluate(load_model(lab.root / "run", device="cpu"), TokenStream.open(lab.data / "val"))
+    windows = (found.tokens - 1) // 32 * 32
+    assert abs(windows - found.tokens) <= 64
+    assert result.validation["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=5e-3)

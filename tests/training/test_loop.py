@@ -1,0 +1,160 @@
+"""One step, seen from outside: the loss is that of the global batch however it is divided; limits, trackers, compile."""
+
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import Crash, Watch, crash, curve, hashes
+
+from lmcore.data.sampler import Sampler
+from lmcore.data.stream import TokenStream
+from lmcore.errors import LmError
+from lmcore.model.model import LanguageModel
+from lmcore.training import tracking
+from lmcore.training.signals import Stop
+from lmcore.training.step import lane_seed
+
+
+def test_the_first_loss_and_gradient_are_those_of_plain_torch(lab):
+    launch = lab.prepare("run", "train.steps=1", "train.micro_batch=2", "train.lanes=2")
+    config = launch.config
+    lab.run("run", "train.steps=1", "train.micro_batch=2", "train.lanes=2")
+    line = curve(lab.root / "run")[0]
+    model = LanguageModel(config.model)
+    model.init_weights(config.train.seed)
+    stream = TokenStream.open(lab.data / "train")
+    rows = Sampler(stream, context_length=32, seed=config.train.seed).batch(0, 8).astype(np.int64)
+    tokens = torch.from_numpy(rows)
+    logits = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("division", [("train.micro_batch=1",), ("train.lanes=1", "train.micro_batch=4")])
+def test_the_division_of_a_batch_changes_nothing_but_rounding(lab, division):
+    common = ("train.steps=3", "optim.optimizer=adamw")
+    lab.run("a", *common)
+    lab.run("b", *common, *division)
+    losses = [[line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("a", "b")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_recomputed_activations_change_no_bit(lab):
+    lab.run("a", "train.steps=4", "model.dropout=0.1")
+    lab.run("b", "train.steps=4", "model.dropout=0.1", "train.activation_checkpointing=full")
+    assert hashes(lab.root / "a") == hashes(lab.root / "b")
+
+
+def test_clipping_bounds_the_update(lab):
+    lab.run("free", "train.steps=2", "optim.optimizer=adamw", "optim.clip=0")
+    lab.run("clipped", "train.steps=2", "optim.optimizer=adamw", "optim.clip=0.001")
+    free, clipped = (curve(lab.root / n) for n in ("free", "clipped"))
+    assert free[0]["grad_norm"] == clipped[0]["grad_norm"]  # before clipping
+    assert hashes(lab.root / "free") != hashes(lab.root / "clipped")
+
+
+def test_the_time_limit_saves_and_says_so(lab):
+    stop = Stop(max_minutes=1e-9)
+    assert stop.reason() == "time"
+    result = lab.run("run", "train.max_minutes=0.000001")
+    assert result.reason == "time"
+    assert result.step <= 1
+    lab.run("whole")
+    lab.run("run", "train.max_minutes=5")
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_a_validation_ends_it_and_saves(lab, number, monkeypatch):
+    from lmcore.training import loop
+
+    original = loop.validate
+
+    def during(*args, **keywords):
+        signal.raise_signal(number)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(loop, "validate", during)
+    result = lab.run("run")
+    assert (result.reason, result.step, result.signal) == ("signal", 6, number)
+    monkeypatch.undo()
+    lab.run("whole")
+    lab.run("run")
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+
+def test_handlers_are_put_back(lab):
+    before = signal.getsignal(signal.SIGINT)
+    lab.run("run", "train.steps=1")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not any(t.name in ("loader", "checkpoint") for t in threading.enumerate())
+
+
+def test_lane_seeds_differ_in_every_part():
+    seeds = {lane_seed(seed, step, lane) for seed in range(8) for step in range(64) for lane in range(8)}
+    assert len(seeds) == 8 * 64 * 8
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_fp16_on_a_cpu_is_refused(lab):
+    with pytest.raises(LmError, match="fp16 on a CPU"):
+        lab.run("run", "train.dtype=fp16")
+
+
+def test_trackers_never_stop_a_run(lab, monkeypatch):
+    class Broken:
+        def __init__(self, *_):
+            self.calls = 0
+
+        def log(self, values, step):
+            assert values["train/loss"] > 0
+            raise RuntimeError("no connection")
+
+        def close(self):
+            raise RuntimeError("never reached")
+
+    monkeypatch.setattr(tracking, "_TensorBoard", Broken)
+    watch = Watch()
+    assert lab.run("run", "train.log.tensorboard=true", watch=watch).reason == "finished"
+    assert sum("tensorboard failed" in text for text in watch.said) == 1
+
+
+def test_a_missing_tracker_is_a_warning(lab):
+    pytest.importorskip("torch")
+    watch = Watch()
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        assert lab.run("run", "train.steps=2", "train.log.wandb=x", watch=watch).reason == "finished"
+        assert any("wandb is not used" in text and "pip install" in text for text in watch.said)
+
+
+def test_a_compiler_that_fails_is_said_and_the_run_goes_on(lab, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    watch = Watch()
+    lab.run("run", "train.compile=true", watch=watch)
+    assert any("goes on without it" in text and "no C++ compiler" in text for text in watch.said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_runs_resume_to_the_same_bits(lab, dtype):
+    settings = ("train.compile=true", f"train.dtype={dtype}", "model.dropout=0.1")
+    lab.run("whole", *settings)
+    with pytest.raises(Crash):
+        lab.run("broken", *settings, watch=Watch({6: crash}))
+    lab.run("broken", *settings)
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    lab.run("eager", "train.compile=false", *settings[1:])
+    eager, compiled = (
+        [line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("eager", "whole")
+    )
+    assert compiled[0] == pytest.approx(eager[0], rel=0.05)
