@@ -256,6 +256,7 @@ class TokenStream:
         offset = shards.HEADER_BYTES + (self._start[segment] + low - self._ends[segment]) * size
         where = place * size
         files: dict[int, shards.ShardFile] = {}
+        limit = _most_open()
         for shard, at, to, end in zip(
             self._shard[segment].tolist(),
             offset.tolist(),
@@ -265,6 +266,8 @@ class TokenStream:
         ):
             file = files.get(shard)
             if file is None:
+                if len(files) >= limit:
+                    files.clear()
                 file = files[shard] = self._file(shard, use=True)
             view = out[to:end]
             if os.preadv(file.descriptor, [view], at) != end - to:
@@ -292,7 +295,7 @@ class TokenStream:
                     file = self._open_shard(entry)
                     file.require_header(shards.npy_header(self.dtype, (entry.rows, self.manifest.seq_len)))
                 self._files[index] = file
-                if len(self._files) > min(_MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8):
+                if len(self._files) > _most_open():
                     self._files.popitem(last=False)  # closes when no thread reads it any more
             if use and (file.linked or self._verify != "size"):
                 with _in(self.path):
@@ -308,6 +311,12 @@ class TokenStream:
                     raise from_os_error(error, f"{entry.name}.npy", "read") from error
                 self._files.clear()
         raise AssertionError("unreachable")
+
+
+def _most_open() -> int:
+    """Descriptors that one stream may keep: several streams share what the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN if soft == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN, soft // 8))
 
 
 @contextlib.contextmanager
