@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +50,22 @@ def trace_pass(
     LanguageModel: recompute every n-th block in the backward pass.
     """
     length = config.context_length if length is None else length
+    try:
+        return _trace(config, rows, length, dtype, device_type, checkpoint_every)
+    except DataDependentOutputException:
+        # Experts of an unaligned size run in a loop over real counts. A dense layer of the same work is as large.
+        width = (config.moe.top_k + config.moe.num_shared) * config.moe.d_expert
+        fields = config.model_dump() | {
+            "d_ff": width,
+            "ffn": config.ffn.replace("e", "d"),
+            "pattern": config.pattern.replace("R", "M"),
+        }
+        return _trace(ModelConfig(**fields), rows, length, dtype, device_type, checkpoint_every)
+
+
+def _trace(
+    config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device_type: str, checkpoint_every: int
+) -> PassMemory:
     with FakeTensorMode(), _Storages() as storages:
         model = LanguageModel(config).train()
         model.compute_dtype = dtype
@@ -59,7 +75,7 @@ def trace_pass(
             chunk = _chunk_for(targets.numel(), config.padded_vocab, device_type)
             return head_cross_entropy(model.norm(hidden), model.head_weight, targets, config.vocab_size, chunk=chunk)
 
-        model._head_loss = head_loss
+        model._head_loss = head_loss  # type: ignore[method-assign]
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         tokens = torch.zeros(rows, length, dtype=torch.int64)
@@ -67,7 +83,7 @@ def trace_pass(
         storages.peak = base
         loss = model.loss(tokens, tokens).objective()
         kept = storages.live - base
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return PassMemory(kept, storages.peak - base)
 
 

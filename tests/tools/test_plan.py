@@ -1,0 +1,90 @@
+"""lm plan: tables for people, one document for programs, sentences for mistakes."""
+
+import json
+
+import pytest
+
+SMALL = (
+    "-s",
+    "model.d_model=128",
+    "-s",
+    "model.num_layers=2",
+    "-s",
+    "model.num_heads=4",
+    "-s",
+    "model.vocab_size=1000",
+)
+
+
+def test_tables(lm):
+    outcome = lm("plan", "nano", *SMALL, "--device", "h100", "--tokens", "10M")
+    assert outcome.code == 0, outcome.err
+    for word in (
+        "attention",
+        "PaLM-style",
+        "matrices",
+        "muon",
+        "activations",
+        "most rows per pass",
+        "throughput",
+        "disk",
+    ):
+        assert word in outcome.out
+    assert "compute-optimal" in outcome.out
+    assert "--set train.batch_tokens=" in outcome.out
+
+
+def test_json_is_one_document(lm):
+    outcome = lm("plan", "nano", *SMALL, "--device", "h100", "--devices", "8", "--json")
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    assert document["parameters"]["total"] == sum(part["parameters"] for part in document["parameters"]["parts"])
+    assert document["memory"]["total"] == sum(document["memory"]["parts"].values())
+    assert document["target"]["devices"] == 8
+    run = document["run"]
+    assert run["seconds"] == pytest.approx(run["tokens"] / run["tokens_per_s"])
+
+
+def test_parameters_are_listed(lm):
+    outcome = lm("plan", "nano", *SMALL, "--parameters")
+    assert outcome.code == 0, outcome.err
+    assert "blocks.1.ffn.w13.weight" in outcome.out
+    assert "normal, std 0.02" in outcome.out
+    rows = json.loads(lm("plan", "nano", *SMALL, "--parameters", "--json").out)
+    assert {row["optimizer"] for row in rows} == {"muon", "adamw"}
+
+
+def test_hours_and_claims(lm):
+    outcome = lm("plan", "nano", *SMALL, "--device", "a100", "--hours", "1", "--mfu", "0.5")
+    assert outcome.code == 0, outcome.err
+    assert "throughput, MFU 0.50" in outcome.out
+    refused = lm("plan", "nano", *SMALL, "--device", "a100", "--tokens-per-s", "1e12")
+    assert refused.code == 2
+    assert "are impossible" in refused.err
+    assert "% of the peak" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nanoo",), "nano"),
+        (("nano", "--device", "abacus"), "not a device"),
+        (("nano", "--mfu", "1.5", "--device", "h100"), "impossible"),
+        (("nano", "--tokens", "many"), "--tokens many"),
+        (("nano", "--tokens", "1M", "--hours", "1"), "both give the length"),
+        (("nano", "--hours", "0"), "more than nothing"),
+        (("nano", "--dtype", "int4"), "choose auto"),
+        (("nano", "-s", "model.d_modle=8"), "Did you mean"),
+    ],
+)
+def test_mistakes_are_sentences(lm, arguments, words):
+    outcome = lm("plan", *arguments)
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_help_shows_examples(lm):
+    outcome = lm("plan", "--help")
+    assert outcome.code == 0
+    assert "lm plan gpt2-124m" in outcome.out

@@ -1,0 +1,205 @@
+"""The plan of a run: measured memory, impossible claims, lengths, and where its numbers come from."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lmcore.errors import LmError
+from lmcore.training.plan import (
+    Target,
+    draft,
+    find_target,
+    list_parameters,
+    meta_optimizer,
+    plan_memory,
+    plan_run,
+    tokens_in,
+)
+
+MODEL = {"vocab_size": 1000, "d_model": 128, "num_layers": 4, "num_heads": 4, "context_length": 256}
+TRAIN = {"steps": 100, "batch_tokens": 4096}
+GPU = Target("H100", "cuda", "bf16", 989e12, 80 * 10**9, "data sheet")
+
+MEASURE = """
+import json, sys
+import torch
+from lmcore.model.config import ModelConfig
+from lmcore.model.model import LanguageModel
+from lmcore.optim.config import OptimConfig
+from lmcore.optim.optimizer import build_optimizer
+
+fields, rows, dtype, kind = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+config = ModelConfig(**fields)
+model = LanguageModel(config).train()
+model.compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
+sizes = [p.numel() for p in model.parameters()]
+buffers = [torch.ones(sum(sizes)), torch.zeros(sum(sizes))]  # as the trainer holds two
+for p, view in zip(model.parameters(), buffers[1].split(sizes)):
+    p.grad = view.view(p.shape)
+optimizer = build_optimizer(model.parameter_table(), OptimConfig(optimizer=kind), total_steps=10)
+tokens = torch.randint(0, config.vocab_size, (rows, config.context_length))
+for step in range(2):
+    model.loss(tokens, tokens).objective().backward()
+    optimizer.step(step)
+print([int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+LARGE = {"vocab_size": 8192, "d_model": 512, "num_layers": 6, "num_heads": 8, "context_length": 512}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    ("changes", "rows", "dtype", "kind"),
+    [
+        ({}, 2, "fp32", "muon"),
+        ({"num_kv_heads": 2, "gate": "elementwise"}, 4, "bf16", "adamw"),
+        ({"vocab_size": 50304}, 1, "bf16", "muon"),
+        ({"pattern": "AF"}, 2, "fp32", "adamw"),
+        ({"d_model": 768, "num_heads": 12}, 1, "fp32", "adamw8bit"),
+    ],
+    ids=str,
+)
+def test_peak_memory_is_within_ten_percent_of_measured(changes, rows, dtype, kind):
+    fields = LARGE | changes
+    length = fields["context_length"]
+    drafted = draft(
+        {
+            "model": fields,
+            "optim": {"optimizer": kind},
+            "train": {"steps": 10, "batch_tokens": rows * length, "micro_batch": rows, "lanes": 1}
+            | {"checkpoint": {"background": False}},
+        }
+    )
+    optimizer, _ = meta_optimizer(drafted.config)
+    planned = plan_memory(drafted.config, Target("cpu", "cpu", dtype, 1e11, 1 << 40, ""), optimizer).total
+    argument = json.dumps([fields, rows, {"fp32": "float32", "bf16": "bfloat16"}[dtype], kind])
+    process = subprocess.run([sys.executable, "-c", MEASURE, argument], capture_output=True, text=True, check=True)
+    assert planned == pytest.approx(int(process.stdout), rel=0.1)
+
+
+def test_the_parts_of_the_memory_are_the_known_sizes():
+    drafted = draft({"model": MODEL, "train": TRAIN | {"micro_batch": 2}})
+    plan = plan_run(drafted, GPU)
+    parts = plan.memory.parts
+    assert parts["weights"] == 4 * plan.model.parameters
+    assert parts["gradients"] == 8 * plan.model.parameters
+    matrices = next(g["parameters"] for g in plan.groups if g["optimizer"] == "muon")
+    assert parts["optimizer"] == 8 * plan.model.parameters - 4 * matrices
+    assert plan.memory.micro_batch == 2
+    assert plan.checkpoint_bytes == parts["weights"] + parts["optimizer"]
+    sharded = plan_run(drafted, GPU, devices=4).memory.parts
+    assert sharded["optimizer"] == parts["optimizer"] // 4
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    drafted = draft({"model": MODEL, "train": {"steps": 10, "batch_tokens": 256 * 512}})
+    tight = Target("card", "cuda", "bf16", 1e12, 2 << 30, "")
+    largest = plan_run(drafted, tight).memory.largest_micro_batch
+    assert largest is not None
+    assert largest > 1
+
+    def total(rows):
+        raw = {"model": MODEL, "train": {"steps": 10, "batch_tokens": 256 * rows, "micro_batch": rows}}
+        return plan_run(draft(raw), tight).memory.total
+
+    assert total(largest) <= 2 << 30 < total(largest * 2)
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_do():
+    large = MODEL | {"d_model": 2048, "num_heads": 16, "num_layers": 24}
+    plan = plan_run(draft({"model": large, "train": TRAIN}), Target("small", "cuda", "bf16", 1e12, 4 << 30, ""))
+    assert plan.memory.largest_micro_batch == 0
+    assert any("not even one row fits" in note and "adamw8bit" in note for note in plan.notes)
+
+
+def test_time_follows_from_the_utilisation():
+    drafted = draft({"model": MODEL, "train": TRAIN})
+    half, quarter = (plan_run(drafted, GPU, mfu=mfu) for mfu in (0.5, 0.25))
+    assert half.seconds is not None
+    assert quarter.seconds == pytest.approx(2 * half.seconds)
+    assert half.tokens == 100 * 4096
+    model_seconds = half.tokens * half.model.train_flops / (0.5 * 989e12)
+    assert half.seconds == pytest.approx(model_seconds * (1 + half.optimizer_share))
+    assert plan_run(drafted, GPU, mfu=0.5, devices=2).seconds == pytest.approx(half.seconds / 2)
+
+
+def test_impossible_claims_are_refused_with_the_arithmetic():
+    drafted = draft({"model": MODEL, "train": TRAIN})
+    limit = 989e12 / plan_run(drafted, GPU).model.train_flops
+    fine = plan_run(drafted, GPU, tokens_per_s=0.5 * limit)
+    assert fine.mfu == pytest.approx(0.5)
+    with pytest.raises(LmError, match=r"are impossible.*130 % of the peak of 1 x H100"):
+        plan_run(drafted, GPU, tokens_per_s=1.3 * limit)
+    assert plan_run(drafted, GPU, tokens_per_s=1.3 * limit, devices=2).mfu == pytest.approx(0.65)
+    for mfu in (1.01, 0.0, -1.0):
+        with pytest.raises(LmError, match="is impossible"):
+            plan_run(drafted, GPU, mfu=mfu)
+
+
+def test_an_unknown_peak_gives_no_time_rather_than_a_guess():
+    unknown = Target("New GPU", "cuda", "bf16", None, None, "unknown")
+    drafted = draft({"model": MODEL, "train": TRAIN})
+    plan = plan_run(drafted, unknown)
+    assert plan.seconds is None
+    assert plan.tokens_per_s is None
+    assert plan.memory.largest_micro_batch is None
+    with pytest.raises(LmError, match="cannot be judged"):
+        plan_run(drafted, unknown, tokens_per_s=1.0)
+    with pytest.raises(LmError, match="hours cannot be turned"):
+        tokens_in(1.0, drafted, unknown)
+
+
+def test_lengths_in_tokens_hours_and_by_size():
+    assert draft({"model": MODEL, "train": TRAIN}, tokens=409_600_000).config.total_steps == 100_000
+    drafted = draft({"model": MODEL, "train": TRAIN})
+    tokens = tokens_in(2.0, drafted, GPU, mfu=0.5)
+    plan = plan_run(draft({"model": MODEL, "train": TRAIN}, tokens=tokens), GPU, mfu=0.5)
+    assert plan.seconds == pytest.approx(7200 * (1 + plan.optimizer_share), rel=0.01)
+    free = draft({"model": MODEL})
+    assert any("12 tokens per parameter" in note for note in free.notes)
+    assert plan_run(free, GPU).tokens_per_parameter == pytest.approx(12, rel=0.1)
+
+
+def test_vocabulary_is_given_or_assumed_and_said():
+    without = draft({"model": {k: v for k, v in MODEL.items() if k != "vocab_size"}, "train": TRAIN})
+    assert without.config.model.vocab_size == 50_257
+    assert any("the vocabulary is assumed" in note for note in without.notes)
+    assert draft({"model": MODEL, "train": TRAIN}).config.model.vocab_size == 1000
+
+
+def test_targets_by_name():
+    target = find_target("h100")
+    assert (target.device_type, target.dtype, target.peak_flops) == ("cuda", "bf16", 989e12)
+    assert find_target("a100", "fp32").peak_flops == 156e12
+    here = find_target("cpu")
+    assert here.peak_flops is not None
+    assert here.memory is not None
+    with pytest.raises(LmError, match="not a device") as caught:
+        find_target("h1000")
+    assert "H100" in caught.value.hint
+
+
+def test_every_parameter_is_listed_with_its_true_beginning():
+    drafted = draft(
+        {"model": MODEL | {"pattern": "AMRF", "ffn": "de", "depth": "-m", "mtp": {"depths": 1}}, "train": TRAIN}
+    )
+    rows = {row["parameter"]: row for row in list_parameters(drafted.config)}
+    from lmcore.model.model import LanguageModel
+
+    model = LanguageModel(drafted.config.model)
+    assert set(rows) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        initial = rows[name]["initial"]
+        assert rows[name]["shape"] == list(parameter.shape)
+        if initial.startswith("normal"):
+            drawn = float(parameter.detach()[: MODEL["vocab_size"]].std())
+            assert float(initial.split()[-1]) == pytest.approx(drawn, rel=0.15)
+        elif ".." not in initial:
+            torch.testing.assert_close(
+                parameter.detach(), torch.full_like(parameter, float(initial)), rtol=1e-3, atol=0
+            )
+        assert rows[name]["group"]
