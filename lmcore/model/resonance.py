@@ -25,7 +25,6 @@ Shapes: B batch, T time, D width, H kernels of P = D/H channels each, J oscillat
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,7 +183,6 @@ def _powers(rate: Tensor, angle: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return high, low
 
 
-@functools.lru_cache
 def fft_size(needed: int) -> int:
     """The smallest n >= needed without prime factors above 5: such FFTs are fast."""
     best = 1 << max(needed - 1, 1).bit_length()

@@ -263,3 +263,32 @@ def test_the_training_path_compiles_without_graph_breaks():
     total, count = compiled(tokens[:, :-1], tokens[:, 1:])
     assert count == 40
     assert abs(total - step(tokens[:, :-1], tokens[:, 1:])[0]) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn": "e"},
+        {"depth": "m"},
+        {"pattern": "M"},
+        {"pattern": "R"},
+        {"pattern": "F"},
+        {"pattern": "W", "window": 8},
+        {"mtp": {"depths": 2}},
+    ],
+)
+def test_every_mechanism_compiles_without_graph_breaks(changes):
+    torch.compiler.reset()
+    model = small(num_layers=1, mamba={"head_dim": 16, "d_state": 8, "chunk_size": 16}, **changes)
+    model.compute_dtype = torch.bfloat16
+    tokens = torch.randint(0, 97, (2, 33))
+    inputs, targets, counts = tokens[:, :-1], tokens[:, 1:], model.term_counts(2, 32)
+
+    def step(inputs, targets):
+        return model.loss(inputs, targets).objective(counts)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
+    loss = compiled(inputs, targets)
+    loss.backward()
+    assert abs(loss - step(inputs, targets)) < 1e-3
