@@ -16,6 +16,7 @@ Special tokens are removed from what gigatoken loads, because it would turn thei
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -186,7 +187,7 @@ def verify(tokenizer: Tokenizer, fast: Encoder, first: Documents | None) -> int:
         if size > _CHECK_BYTES:
             break
     data, offsets = join(texts)
-    expected, expected_offsets = ReferenceEncoder(tokenizer, chunked=False)(data, offsets)
+    expected, expected_offsets = ReferenceEncoder(tokenizer)(data, offsets)
     try:
         ids, id_offsets = fast(data, offsets)
     except Exception as error:  # whatever a foreign library raises, the reference goes on
@@ -208,9 +209,13 @@ class ReferenceEncoder:
 
     name = "tokenizers"
 
-    def __init__(self, tokenizer: Tokenizer, *, chunked: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._reference = tokenizer.reference
-        self._chunked = chunked and _cuts_are_safe(tokenizer)
+
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        return _cuts_are_safe(self._tokenizer)
 
     def __call__(
         self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]
@@ -219,7 +224,7 @@ class ReferenceEncoder:
         owners: list[int] = []
         for index in range(len(offsets) - 1):
             raw = data[offsets[index] : offsets[index + 1]].tobytes()
-            pieces = cut_at_words(raw) if self._chunked and len(raw) > _CHUNK_BYTES else [raw]
+            pieces = cut_at_words(raw) if len(raw) > _CHUNK_BYTES and self._may_cut else [raw]
             texts.extend(piece.decode() for piece in pieces)
             owners.extend([index] * len(pieces))
         parts: list[npt.NDArray[np.uint32]] = []

@@ -96,7 +96,7 @@ def map_in_order(
         try:
             for item in items:
                 size = weight(item)
-                while window and (held + size > limit or len(window) > 4 * threads or window[0][0].done()):
+                while window and (held + size > limit or len(window) > 2 * threads or window[0][0].done()):
                     future, freed = window.popleft()
                     held -= freed
                     yield future.result()

@@ -55,7 +55,7 @@ from lmcore.progress import SILENT, Progress
 
 TRAINING_BYTES = 64 << 20
 """Text that `train:N` learns from: all of a small corpus, evenly spread units of a large one."""
-_IN_FLIGHT_BYTES = 96 << 20  # text of batches that are being encoded or wait for the writer
+_IN_FLIGHT_BYTES = 64 << 20  # text of batches that are being encoded or wait for the writer
 _SPOOL = "stdin"
 
 
@@ -141,14 +141,7 @@ def tokenize(
         if finished is not None:
             return finished
         if (out / PLAN).exists():
-            plan = _continue_plan(out, config)
-            tokenizer = Tokenizer.from_file(out / TOKENIZER, name=plan.tokenizer_name)
-            if tokenizer.sha256 != plan.tokenizer_sha256:
-                raise LmError(
-                    f"{out / TOKENIZER}: not the tokenizer of the plan; the file was changed.",
-                    hint="Restore it, or delete the set and run lm tokenize again.",
-                    code=Exit.DATA,
-                )
+            plan, tokenizer = resume_plan(out, config)
         else:
             plan, tokenizer = _new_plan(out, config, source, workers, progress, stdin)
         committed = recover(out)
@@ -245,11 +238,33 @@ def _new_plan(
     return plan, tokenizer
 
 
-def _continue_plan(out: Path, config: TokenizeConfig) -> Plan:
-    plan = read_plan(out)
-    refuse_other_request(out, plan.request, config)
-    _refuse_changed_source(out, plan, config)
-    return plan
+def freeze_plan(
+    directory: Path, config: TokenizeConfig, *, workers: int = 0, progress: Progress = SILENT
+) -> tuple[Plan, Tokenizer]:
+    """Resolve the source, train or load the tokenizer, and keep both in an empty directory."""
+    source = resolve(config.dataset, config.paths)
+    check_columns(source.units, config.text_column)
+    return _new_plan(directory, config, source, workers or available_cores(), progress, None)
+
+
+def resume_plan(directory: Path, config: TokenizeConfig) -> tuple[Plan, Tokenizer]:
+    """The plan and the tokenizer that were frozen in a directory; LmError when they are not those of `config`."""
+    plan = read_plan(directory)
+    refuse_other_request(directory, plan.request, config)
+    _refuse_changed_source(directory, plan, config)
+    return plan, plan_tokenizer(directory, plan)
+
+
+def plan_tokenizer(directory: Path, plan: Plan) -> Tokenizer:
+    """The tokenizer beside a plan, checked against it (65)."""
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER, name=plan.tokenizer_name)
+    if tokenizer.sha256 != plan.tokenizer_sha256:
+        raise LmError(
+            f"{directory / TOKENIZER}: not the tokenizer of the plan; the file was changed.",
+            hint="Restore it, or delete the set and run lm tokenize again.",
+            code=Exit.DATA,
+        )
+    return tokenizer
 
 
 def _refuse_changed_source(out: Path, plan: Plan, config: TokenizeConfig) -> None:

@@ -153,6 +153,7 @@ class SetWriter:
         self._next = len(self.committed)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._writing: Future[None] | None = None
+        self._tokens = self._other = np.empty(0, dtype)
         self._begin_shard()
 
     def __enter__(self) -> SetWriter:
@@ -281,7 +282,10 @@ class SetWriter:
             writing.result()
 
     def _begin_shard(self) -> None:
-        self._tokens = np.empty(self.capacity, self.dtype)
+        # Two buffers take turns: fresh memory for every shard would be page faults for every shard.
+        self._tokens, self._other = self._other, self._tokens
+        if not len(self._tokens):
+            self._tokens = np.empty(self.capacity, self.dtype)
         self._records: list[npt.NDArray[Any]] = []
         self._filled = self._first_doc_offset = self._shard_docs = self._shard_bytes = 0
 
