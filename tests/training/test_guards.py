@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import Crash, Watch, crash, curve, hashes
+from small_runs import Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
 from lmcore.training import rundir, step

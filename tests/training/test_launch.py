@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import Crash, Watch, crash, curve, hashes
+from small_runs import Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
 from lmcore.training import rundir

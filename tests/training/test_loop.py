@@ -1,4 +1,4 @@
-"""One step, seen from outside: the loss is that of the global batch however it is divided; limits, trackers, compile."""
+"""One step, seen from outside: the loss is that of the global batch however divided; limits, trackers, compile."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import Crash, Watch, crash, curve, hashes
+from small_runs import Crash, Watch, crash, curve, hashes
 
 from lmcore.data.sampler import Sampler
 from lmcore.data.stream import TokenStream

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Crash, Watch, crash, curve, hashes
+from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.config import dump_yaml, merge
 from lmcore.training.lanes import LaneSum, choose_lanes

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Crash, Watch, crash, curve, hashes
+from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.config import dump_yaml, merge
 from lmcore.errors import LmError

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 import torch
-from conftest import Watch, hashes
+from small_runs import Watch, hashes
 
 from lmcore import storage
 from lmcore.errors import LmError

@@ -1,0 +1,85 @@
+"""Tiny runs: a model of a few thousand parameters on a few thousand tokens, so that a step takes milliseconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmcore.config import merge, parse_overrides
+from lmcore.training.launch import Launch, prepare
+from lmcore.training.loop import RunResult, train
+from lmcore.training.observe import Silent
+from lmcore.training.rundir import read_metrics
+
+TINY = {
+    "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "context_length": 32},
+    "optim": {"optimizer": "muon", "warmup_steps": 4},
+    "train": {
+        "steps": 12,
+        "batch_tokens": 256,
+        "dtype": "fp32",
+        "compile": False,
+        "device": "cpu",
+        "eval": {"every_steps": 6, "tokens": 512},
+        "checkpoint": {"every_steps": 4, "background": False, "space_check": False},
+    },
+}
+
+
+class Crash(Exception):
+    """Stands for a process that ends without a word."""
+
+
+class Watch(Silent):
+    """Keeps what a run says, and can crash it or act at a step."""
+
+    def __init__(self, at: dict[int, Callable[[], None]] | None = None) -> None:
+        self.at = at or {}
+        self.said: list[str] = []
+        self.steps: list[int] = []
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.steps.append(record["step"])
+        if record["step"] in self.at:
+            self.at[record["step"]]()
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(f"warning: {message}")
+
+
+def crash() -> None:
+    raise Crash
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """sha256 of weights and of optimizer state in the newest checkpoint."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    files = json.loads((newest / "COMMIT.json").read_text())["files"]
+    return {"step": newest.name, **{n: files[n]["sha256"] for n in ("model.safetensors", "optimizer.safetensors")}}
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the clock."""
+    return [{k: v for k, v in line.items() if k not in ("time", "seconds")} for line in read_metrics(run)]
+
+
+class Lab:
+    """Prepares and runs tiny runs on one tiny set."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root, self.data = root, data
+
+    def prepare(self, name: str, *settings: str, resume: bool = False, override: tuple[str, ...] = ()) -> Launch:
+        preset = merge(TINY, {"data": {"train": str(self.data)}})
+        typed, overrides = parse_overrides(settings), parse_overrides(override)
+        if resume:
+            return prepare(self.root / name, typed=typed, overrides=overrides, resume=True)
+        return prepare(self.root / name, preset=preset, typed=typed, overrides=overrides)
+
+    def run(self, name: str, *settings: str, watch: Watch | None = None, **keywords: Any) -> RunResult:
+        return train(self.prepare(name, *settings, **keywords), observer=watch or Watch())

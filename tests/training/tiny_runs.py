@@ -1,0 +1,3 @@
+"""Fixtures of the training tests; what they are made of lies in small_runs.py."""
+
+from __future__ import annotations
