@@ -1,10 +1,10 @@
 """Configuration as data: frozen pydantic models, YAML 1.2 scalars, overrides, and errors that name file, line and key.
 
-Precedence: defaults in the model < preset or YAML file < `--set a.b=c` < flags. Every layer is a plain nested dict until
-`build` turns the merged dict into a frozen model; so there is one place where a value is checked.
+Precedence: defaults in the model < preset or YAML file < `--set a.b=c` < flags. Every layer is a plain nested dict
+until `build` turns the merged dict into a frozen model; so there is one place where a value is checked.
 
-PyYAML follows YAML 1.1, where `1e-3` is text, `off` is a boolean and `010` is eight. The loader here resolves scalars as
-YAML 1.2 does, refuses a key that appears twice, and can build no Python object.
+PyYAML follows YAML 1.1, where `1e-3` is text, `off` is a boolean and `010` is eight. The loader here resolves scalars
+as YAML 1.2 does, refuses a key that appears twice, and can build no Python object.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ SYNONYMS: dict[str, str] = {
 """What people of other trainers type -> our leaf name; used only to suggest, never to accept silently."""
 
 C = TypeVar("C", bound=BaseModel)
+_MOST_ERRORS, _LONGEST_VALUE = 20, 120
 
 
 # ---------------------------------------------------------------------------------------- YAML 1.2
@@ -228,18 +229,21 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def build(model: type[C], data: Mapping[str, Any], *, source: str | None = None) -> C:
-    """Validate a merged dict into a frozen model. All errors are reported at once, with lines when `source` is a file."""
+    """Validate a merged dict into a frozen model. Errors are reported at once, with lines when `source` is a file."""
     cleaned = _drop_empty_sections(model, data)
     try:
         return model.model_validate(cleaned)
     except ValidationError as error:
         lines = _line_numbers(source) if source and Path(source).is_file() else {}
         sentences = []
-        for item in error.errors():
+        items = error.errors()
+        for item in items[:_MOST_ERRORS]:
             location = tuple(str(part) for part in item["loc"])
             line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
             prefix = f"{source}:{line}: " if line else (f"{source}: " if source else "")
             sentences.append(prefix + _sentence(model, location, item))
+        if len(items) > _MOST_ERRORS:
+            sentences.append(f"... and {len(items) - _MOST_ERRORS} more.")
         raise LmError("\n".join(sentences), code=Exit.USAGE) from None
 
 
@@ -272,7 +276,7 @@ def _drop_empty_sections(model: type[BaseModel], data: Mapping[str, Any]) -> dic
 
 
 def _sentence(model: type[BaseModel], location: tuple[str, ...], item: Mapping[str, Any]) -> str:
-    name = ".".join(location)
+    name = _brief(".".join(location))
     if item["type"] == "extra_forbidden":
         return f"{name} is not a setting.{_suggest(model, name)}"
     if item["type"] == "missing":
@@ -280,8 +284,13 @@ def _sentence(model: type[BaseModel], location: tuple[str, ...], item: Mapping[s
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message[:1].isupper() and message[1:2].islower() else message
     value = item.get("input")
-    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {_brief(repr(value))})"
     return f"{name + ': ' if name else ''}{message}{shown}."
+
+
+def _brief(text: str) -> str:
+    """A hostile file must not fill the screen."""
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _suggest(model: type[BaseModel], name: str) -> str:

@@ -31,6 +31,7 @@ PLAN = "plan.json"
 JOURNAL = "journal.jsonl"
 TOKENIZER = "tokenizer.json"
 MAX_SHARDS = 10_000_000
+_DEEPEST = 20
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -104,6 +105,20 @@ class Manifest(Config):
     created_by: dict[str, Any] = Field(default_factory=dict)
     """Version, time, host: never part of the identity."""
 
+    @field_validator("source", "filters", "split", "backend", "created_by", mode="before")
+    @classmethod
+    def _shallow(cls, value: Any) -> Any:
+        layer, depth = [value], 0
+        while layer:
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(f"nested more than {_DEEPEST} levels deep")
+            inner = [
+                item.values() if isinstance(item, dict) else item for item in layer if isinstance(item, dict | list)
+            ]
+            layer = [item for items in inner for item in items]
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         total = 0
@@ -169,13 +184,14 @@ def read_manifest(directory: str | Path) -> Manifest:
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         hint = "Update lmshards to read it." if str(found).startswith("lmshards/") else ""
-        raise LmError(f"{path}: the format is {found!r}; this version reads {FORMAT}.", hint=hint, code=Exit.DATA)
+        shown = repr(found)[:60]
+        raise LmError(f"{path}: the format is {shown}; this version reads {FORMAT}.", hint=hint, code=Exit.DATA)
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
+        where = ".".join(str(part) for part in first["loc"])[:120]
+        message = str(first["msg"]).removeprefix("Value error, ")[:300]
         raise LmError(f"{path}: {where + ': ' if where else ''}{message}.", code=Exit.DATA) from None
     if manifest.identity() != manifest.dataset_id:
         raise LmError(f"{path}: the content does not match its dataset_id; the file was edited.", code=Exit.DATA)

@@ -461,7 +461,9 @@ def _stale_views(path: Path, wanted: Mapping[str, Manifest], materialize: bool) 
             continue
         try:
             found = read_manifest(folder)
-        except LmError:
+        except LmError as error:
+            if error.code is Exit.IO:  # a view that cannot be read now may be readable later, beside the new ones
+                raise
             if folder.name in wanted:
                 stale.append(folder.name)
             continue

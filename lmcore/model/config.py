@@ -133,7 +133,7 @@ class ModelConfig(Config):
     """True vocabulary: ids are 0 .. vocab_size-1. 0 = the tokenizer's, filled in by the trainer."""
     d_model: int = Field(512, ge=1)
     """Width of the residual stream."""
-    num_layers: int = Field(8, ge=1)
+    num_layers: int = Field(8, ge=1, le=10_000)
     """Layers of the trunk."""
     num_heads: int = Field(8, ge=1)
     """Query heads."""

@@ -405,8 +405,11 @@ def _traced(target: Target, out: Path, log: Path, top: Path) -> list[Operation]:
     return parse_trace(log, top)
 
 
-def cut_power(target: Target, *, samples: int = 8, seed: int = 0, first_only: bool = False) -> Result:
-    """Cut the power after every call; `samples` random mixtures at each. first_only: stop at the first violation."""
+def cut_power(target: Target, *, samples: int = 8, stride: int = 1, seed: int = 0, first_only: bool = False) -> Result:
+    """Cut the power after every `stride`-th call and at the end; `samples` random mixtures at each.
+
+    first_only: stop at the first violation.
+    """
     with scratch() as base:
         top, log = base / "d", base / "log"
         judge = _Judge(target, base, top)
@@ -423,6 +426,8 @@ def cut_power(target: Target, *, samples: int = 8, seed: int = 0, first_only: bo
                 acknowledged = target.units  # leaving normally acknowledges everything
             elif operation[0] != "start":
                 disk.apply(operation)
+            if number % stride and operation[0] not in ("end", "say"):
+                continue
             for mode in ("none", "all", "deep", *["mix"] * samples):
                 judge.image(disk.image(rng, mode), acknowledged, f"{mode} after call {number} {_short(operation)}")
             if first_only and judge.violations:
