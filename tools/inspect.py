@@ -116,7 +116,7 @@ def _starts(path: Path, token: int | None, document: str | None, text: str | Non
 
 def _windows_of_step(run: Path, step: int, row: int | None) -> list[tuple[str, TokenStream, int]]:
     """(title, stream, start) of the rows that a run trained on at a step."""
-    from lmcore.data.sampler import Mixture
+    from lmcore.data.sampler import Mixture, Sampler
     from lmcore.errors import LmError
     from lmcore.training.data import inspect, open_data
     from lmcore.training.rundir import RunDirectory, read_metrics
@@ -132,15 +132,16 @@ def _windows_of_step(run: Path, step: int, row: int | None) -> list[tuple[str, T
     first = int(record["tokens"]) // config.model.context_length - config.rows
     if row is not None and row >= config.rows:
         raise LmError(f"row {row}: a step of this run has rows 0 to {config.rows - 1}.")
-    samples = open_data(config, inspect(config.data)).samples
+    samples = open_data(config, inspect(config.data), run).samples
     result = []
     for number in range(config.rows) if row is None else [row]:
         sample = first + number
-        sampler, inner = samples, sample
+        sampler: object = samples
+        inner = sample
         if isinstance(samples, Mixture):
             which, within = samples.locate(sample, 1)
             sampler, inner = samples.samplers[int(which[0])], int(within[0])
-        assert not isinstance(sampler, Mixture)
+        assert isinstance(sampler, Sampler)
         result.append(
             (f"step {step} row {number} (sample {sample:,})", sampler.stream, int(sampler.starts(inner, 1)[0]))
         )

@@ -482,3 +482,37 @@ def test_many_shards_need_few_descriptors(make_set: Callable[..., TinySet]) -> N
         assert validate(tiny.path).ok
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_set_of_linked_parts(make_set: Callable[..., TinySet]) -> None:
+    """Shards of two sets as links in a third, each part with a pad of its own in the middle of the stream."""
+    from lmcore.data.provenance import Locator
+    from lmcore.data.stream import TokenStream
+
+    parts = [make_set("a", documents=english(1, 50), rows=1), make_set("b", documents=english(2, 50), rows=1)]
+    whole = parts[0].path.parent / "whole"
+    whole.mkdir()
+    shutil.copy(parts[0].path / "tokenizer.json", whole)
+    manifests = [part.manifest for part in parts]
+    merged = []
+    for number, part in enumerate(parts):
+        for shard in manifests[number]["shards"]:
+            name = f"p{number:03d}-{shard['name']}"
+            for end in (".npy", ".docs.npy"):
+                (whole / f"{name}{end}").symlink_to(f"../{part.path.name}/{shard['name']}{end}")
+            merged.append(shard | {"name": name})
+    totals = {key: sum(m[key] for m in manifests) for key in ("n_tokens", "n_docs", "n_bytes")}
+    segments = [[k, 0, shard["n_tokens"]] for k, shard in enumerate(merged)]
+    write_manifest(whole, manifests[0] | totals | {"shards": merged, "segments": segments})
+    report = validate(whole, "deep")
+    assert report.ok, report.findings
+    stream = TokenStream.open(whole)
+    tokens = np.concatenate([part.stream for part in parts])
+    np.testing.assert_array_equal(stream.read(0, len(stream)), tokens)
+    assert Locator(stream).by_text(parts[1].documents[7])[0].start == len(parts[0].stream) + sum(
+        map(len, parts[1].ids[:7])
+    )
+    split_set(whole, {"val": 0.3})
+    assert validate(whole).ok
+    flip(parts[1].path / "shard-00000.npy", 500)
+    assert "V014" in codes(validate(whole))
