@@ -13,7 +13,7 @@ from . import ui
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmcore.inference.generate import Completion, Overflow
+    from lmcore.inference.generate import Completion
     from lmcore.inference.sampling import SamplingConfig
     from lmcore.training.checkpoint import LoadedModel
 
@@ -109,11 +109,19 @@ def command(
         ),
     ] = OverflowChoice.slide,
     batch: Annotated[int, typer.Option(min=1, help="Texts that decode together.", rich_help_panel=RUN)] = 16,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate",
+            help="One text at a time, with drafts of the model's multi-token heads; the text is the same.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     device: Annotated[
         str, typer.Option(envvar="LM_DEVICE", help="auto, cpu, cuda or mps.", rich_help_panel=RUN)
     ] = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="auto = fp32 on a CPU, bf16 on a GPU.", rich_help_panel=RUN)
+        Precision, typer.Option(help="auto = bf16 where the machine is fast at it, else fp32.", rich_help_panel=RUN)
     ] = Precision.auto,
     logprobs: Annotated[
         int | None,
@@ -145,6 +153,7 @@ def command(
     """
     import sys
 
+    from lmcore.errors import LmError
     from lmcore.inference.sampling import SamplingConfig
     from lmcore.training import checkpoint as checkpoints
 
@@ -167,14 +176,20 @@ def command(
         prompts = [_without_last_newline(_read("-"))]
     path = checkpoint or checkpoints.find_run(runs)
     loaded = _load(path, device, precision, quiet)
+    if speculate and not loaded.model.mtp:
+        raise LmError(
+            f"{loaded.path}: this model has no multi-token heads to speculate with.",
+            hint="Train one with: --set model.mtp.depths=1",
+        )
+    options: dict[str, Any] = {"overflow": overflow.value, "speculate": speculate}
     if ask:
-        _interact(loaded, config, overflow.value, echo)
+        _interact(loaded, config, options, echo)
     elif json:
-        _as_json(loaded, prompts, config, overflow.value, batch, quiet)
+        _as_json(loaded, prompts, config, options | {"batch_size": batch}, quiet)
     elif len(prompts) * samples == 1:
-        _stream(loaded, prompts[0], config, overflow.value, echo)
+        _stream(loaded, prompts[0], config, options, echo)
     else:
-        _in_turn(loaded, prompts, config, overflow.value, batch, echo, quiet)
+        _in_turn(loaded, prompts, config, options | {"batch_size": batch}, echo, quiet)
 
 
 # ---------------------------------------------------------------------------------------- prompts and model
@@ -232,15 +247,11 @@ def _build(model: type[SamplingConfig], **values: Any) -> SamplingConfig:
 
 
 def _load(path: Path, device: str, precision: Precision, quiet: bool) -> LoadedModel:
-    import torch
-
     from lmcore.training.checkpoint import load_model
-    from lmcore.training.device import resolve_device
+    from lmcore.training.device import resolve_device, resolve_dtype
 
     where = resolve_device(device)
-    chosen = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}.get(
-        precision, torch.float32 if where.type == "cpu" else torch.bfloat16
-    )
+    chosen, _ = resolve_dtype(precision.value, where)
     loaded = load_model(path, device=where, dtype=chosen, skipped=ui.say)
     if not quiet:
         ui.say(
@@ -252,11 +263,11 @@ def _load(path: Path, device: str, precision: Precision, quiet: bool) -> LoadedM
 # ---------------------------------------------------------------------------------------- rendering
 
 
-def _stream(loaded: LoadedModel, prompt: str, config: SamplingConfig, overflow: Overflow, echo: bool) -> None:
+def _stream(loaded: LoadedModel, prompt: str, config: SamplingConfig, options: dict[str, Any], echo: bool) -> None:
     """One text, piece by piece."""
     from lmcore.inference.generate import generate
 
-    for number, chunk in enumerate(generate(loaded, [prompt], config, overflow=overflow)):
+    for number, chunk in enumerate(generate(loaded, [prompt], config, **options)):
         if echo and number == 0:  # not before the prompt has been accepted
             ui.emit_piece(prompt)
         ui.emit_piece(chunk.text)
@@ -267,8 +278,7 @@ def _in_turn(
     loaded: LoadedModel,
     prompts: Sequence[str],
     config: SamplingConfig,
-    overflow: Overflow,
-    batch: int,
+    options: dict[str, Any],
     echo: bool,
     quiet: bool,
 ) -> None:
@@ -279,7 +289,7 @@ def _in_turn(
     order = [(index, sample) for index in range(len(prompts)) for sample in range(config.samples)]
     printed = 0
     with ui.progress(quiet) as progress:
-        for chunk in generate(loaded, prompts, config, batch_size=batch, overflow=overflow, progress=progress):
+        for chunk in generate(loaded, prompts, config, progress=progress, **options):
             collector.add(chunk)
             while printed < len(order) and (text := collector.finished(*order[printed])) is not None:
                 ui.emit(f"--- prompt {text.prompt + 1}, sample {text.sample + 1}")
@@ -291,8 +301,7 @@ def _as_json(
     loaded: LoadedModel,
     prompts: Sequence[str],
     config: SamplingConfig,
-    overflow: Overflow,
-    batch: int,
+    options: dict[str, Any],
     quiet: bool,
 ) -> None:
     import time
@@ -301,7 +310,7 @@ def _as_json(
 
     began = time.perf_counter()
     with ui.progress(quiet) as progress:
-        texts = complete(loaded, prompts, config, batch_size=batch, overflow=overflow, progress=progress)
+        texts = complete(loaded, prompts, config, progress=progress, **options)
     seconds = time.perf_counter() - began
     ui.emit_json(
         {
@@ -336,7 +345,7 @@ def _text(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict
     return document
 
 
-def _interact(loaded: LoadedModel, config: SamplingConfig, overflow: Overflow, echo: bool) -> None:
+def _interact(loaded: LoadedModel, config: SamplingConfig, options: dict[str, Any], echo: bool) -> None:
     """A loop of prompts; the end of input (Ctrl-D) leaves it. Ctrl-C ends a text, or the loop when no text runs."""
     import sys
 
@@ -349,6 +358,6 @@ def _interact(loaded: LoadedModel, config: SamplingConfig, overflow: Overflow, e
             ui.say("")
             return
         try:
-            _stream(loaded, _without_last_newline(line), config, overflow, echo)
+            _stream(loaded, _without_last_newline(line), config, options, echo)
         except KeyboardInterrupt:
             ui.emit()

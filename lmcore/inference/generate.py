@@ -34,6 +34,7 @@ from torch import Tensor
 from lmcore.errors import Exit, LmError
 from lmcore.inference.decode import Decoder
 from lmcore.inference.sampling import SamplingConfig, Uniforms, next_tokens
+from lmcore.inference.speculate import Speculator
 from lmcore.inference.text import TextStream
 from lmcore.model.state import DecodeState
 from lmcore.progress import SILENT, Progress
@@ -113,11 +114,14 @@ def complete(
     *,
     batch_size: int = 16,
     overflow: Overflow = "slide",
+    speculate: bool = False,
     progress: Progress = SILENT,
 ) -> list[Completion]:
     """All texts at once, in the order of the prompts, then of the samples. See `generate`."""
     collector = Collector()
-    for chunk in generate(loaded, prompts, config, batch_size=batch_size, overflow=overflow, progress=progress):
+    for chunk in generate(
+        loaded, prompts, config, batch_size=batch_size, overflow=overflow, speculate=speculate, progress=progress
+    ):
         collector.add(chunk)
     return collector.in_order()
 
@@ -129,12 +133,14 @@ def generate(
     *,
     batch_size: int = 16,
     overflow: Overflow = "slide",
+    speculate: bool = False,
     progress: Progress = SILENT,
 ) -> Iterator[Chunk]:
     """Continue every prompt; yields chunks as they arise, those of different texts interleaved.
 
     prompts: texts, or token ids. An empty prompt starts at the beginning of a document. batch_size: rows that decode
-    together. Raises LmError when the model has no tokenizer, a prompt is too long for `overflow="stop"`, or the model
+    together. speculate: one text at a time, with drafts of the multi-token heads if the model has some; the texts are
+    the same. Raises LmError when the model has no tokenizer, a prompt is too long for `overflow="stop"`, or the model
     gives no finite logits.
     """
     if loaded.tokenizer is None:
@@ -156,6 +162,9 @@ def generate(
     eos_id = None if config.ignore_eos else tokenizer.eos_id
     progress.start("generate", float(len(waiting)), "texts")
     try:
+        while speculate and waiting and loaded.model.mtp:
+            yield from _speculate(engine, waiting.popleft(), eos_id)
+            progress.advance(1)
         while engine.exchange(waiting, batch_size):
             for row, token, logprob in engine.step():
                 chunk = row.accept(token, logprob, eos_id, config.max_tokens, engine.stops_at)
@@ -259,10 +268,16 @@ class _Engine:
     @torch.inference_mode()
     def step(self) -> list[tuple[_Row, int, TokenLogprob | None]]:
         """Read the last token of every row and draw the next one."""
-        config = self.config
         tokens = torch.tensor([row.context[-1] for row in self.rows], device=self.device)
         assert self.state is not None
         logits = self.decoder(tokens, self.state)  # (B, V)
+        for row in self.rows:
+            row.position += 1
+        return self.draw(logits)
+
+    def draw(self, logits: Tensor) -> list[tuple[_Row, int, TokenLogprob | None]]:
+        """Draw the next token of every row from its logits (B, V)."""
+        config = self.config
         if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise LmError(
                 "the model gives no finite logits: its weights are damaged, or the training diverged.",
@@ -272,8 +287,6 @@ class _Engine:
         drawn = next_tokens(logits, config, uniforms, self.seen)
         if self.seen is not None:
             self.seen[torch.arange(len(drawn), device=self.device), drawn] = True
-        for row in self.rows:
-            row.position += 1
         logprobs: Sequence[TokenLogprob | None] = [None] * len(self.rows)
         if config.logprobs is not None:
             logprobs = _logprobs(logits, drawn, config.logprobs)
@@ -317,6 +330,37 @@ class _Engine:
 
 
 # ---------------------------------------------------------------------------------------- private
+
+
+@torch.inference_mode()
+def _speculate(engine: _Engine, row: _Row, eos_id: int | None) -> Iterator[Chunk]:
+    """One text with drafts (speculate.py): the same text as without."""
+    config = engine.config
+
+    def guess(logits: Tensor, place: int) -> Tensor:
+        uniforms = [] if config.greedy else [row.uniforms(place)]
+        return next_tokens(logits, config, uniforms, engine.seen)
+
+    engine.rows = [row]
+    engine.seen = engine._seen() if config.repetition_penalty != 1.0 else None
+    speculator = Speculator(engine.model, engine.decoder, guess)
+    half = (engine.limit or 0) // 2
+    reserve = min(config.max_tokens, half)
+    started = False
+    while row.finish is None:
+        if not started or speculator.position == engine.limit:
+            read = engine._window(row.context[:-1], reserve if not started else half)
+            speculator.start(row.context, read, engine.capacity, PREFILL_TOKENS)
+            started = True
+        room = config.max_tokens - row.generated
+        if engine.limit is not None:
+            room = min(room, engine.limit - speculator.position)
+        for logits in speculator.settle(row.context, room):
+            ((_, token, logprob),) = engine.draw(logits)
+            yield row.accept(token, logprob, eos_id, config.max_tokens, engine.stops_at)
+            if row.finish is not None:
+                break
+    engine.rows = []
 
 
 def _encode(tokenizer: Any, prompt: str | Sequence[int], vocab_size: int) -> list[int]:

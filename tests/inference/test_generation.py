@@ -11,6 +11,7 @@ import torch
 from lmcore.errors import LmError
 from lmcore.inference.generate import complete, generate
 from lmcore.inference.sampling import SamplingConfig, Uniforms, distribution, draw
+from lmcore.inference.speculate import Speculator
 from lmcore.training.checkpoint import LoadedModel
 from tests.inference.tiny import small_loaded
 
@@ -151,6 +152,39 @@ def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("lmcore.inference.generate.PREFILL_TOKENS", 7)
     (pieces,) = complete(loaded, ["ab" * 40], config)
     assert pieces.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    "layers",
+    [{}, {"pattern": "AM", "mamba": {"d_state": 16, "head_dim": 16}}, {"pattern": "AW", "window": 8}],
+)
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "repetition_penalty": 1.1}])
+def test_speculation_writes_the_same_text(
+    kind: str, layers: dict[str, object], settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token for token, past the end of the context and with a prompt of one token; drafts are really accepted."""
+    loaded = small_loaded(context_length=32, mtp={"depths": 2, "kind": kind}, **layers)
+    with torch.no_grad():  # heads that agree with the trunk now and then: small changes of its last hidden state
+        for head in loaded.model.mtp:
+            for parameter in head.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(0.05)
+            if kind == "sequential":
+                head.project.weight[:, :32] = torch.eye(32)
+    seen: list[Speculator] = []
+    real = Speculator.__init__
+    monkeypatch.setattr(Speculator, "__init__", lambda self, *a: (seen.append(self), real(self, *a))[1])
+    config = SamplingConfig(max_tokens=50, ignore_eos=True, logprobs=1, **settings)
+    for prompt in ("hello", "", "x" * 40):
+        (plain,) = complete(loaded, [prompt], config)
+        (fast,) = complete(loaded, [prompt], config, speculate=True)
+        assert fast.tokens == plain.tokens
+        assert fast.text == plain.text
+        assert [e.logprob for e in fast.logprobs] == pytest.approx([e.logprob for e in plain.logprobs])
+    assert sum(s.drafted for s in seen) > 50
+    assert sum(s.accepted for s in seen) > 0
+    assert sum(s.passes for s in seen) < 150
 
 
 def test_refusals() -> None:
