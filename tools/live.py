@@ -247,8 +247,12 @@ def summary(info: RunInfo) -> list[str]:
     lines = [
         f"{info.run_dir}: {what}, step {info.first_step:,} of {info.total_steps:,}, "
         f"{ui.short_number(info.total_steps * info.batch_tokens)} tokens "
-        f"({info.total_steps * info.batch_tokens / max(info.train_tokens, 1):.1f} epochs of "
-        f"{ui.short_number(info.train_tokens)})",
+        + (
+            f"({info.total_steps * info.batch_tokens / info.train_tokens:.1f} epochs of "
+            f"{ui.short_number(info.train_tokens)})"
+            if info.train_tokens
+            else "from text, tokenized on the way"
+        ),
         f"model: {ui.short_number(info.parameters)} parameters, context {info.context_length:,}; "
         f"batch {info.batch_tokens:,} tokens",
         f"machine: {info.device}{ranks}, {info.dtype} ({info.dtype_reason})"

@@ -99,6 +99,25 @@ def command(
             show_default=False,
         ),
     ] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            "--stream",
+            metavar="SOURCE",
+            help="Train on text without shards: a file, folder or dataset as for lm tokenize, tokenized on the way.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="With --stream: byte, a tokenizer.json or a Hub name.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[
         str | None,
         typer.Option("--steps", help="Optimizer steps, such as 2000 or 10k.", rich_help_panel=SIZE, show_default=False),
@@ -221,6 +240,8 @@ def command(
     flags = _flags(
         data=data,
         val=val,
+        stream=stream,
+        tokenizer=tokenizer,
         steps=steps,
         tokens=tokens,
         batch_tokens=batch_tokens,
@@ -259,6 +280,8 @@ def _flags(**given: Any) -> dict[str, Any]:
     from lmcore.errors import LmError
 
     places = {
+        "stream": "data.stream",
+        "tokenizer": "data.tokenizer",
         "steps": "train.steps",
         "tokens": "train.tokens",
         "batch_tokens": "train.batch_tokens",

@@ -68,6 +68,8 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     read_s: float
     """How long reading and checking took, on the thread."""
+    source_state: dict[str, Any] | None = None
+    """Where a text source can start reading again to reach this step; a shortcut that decides nothing."""
 
 
 class Loader:
@@ -158,4 +160,5 @@ class Loader:
                 if self._pin:
                     inputs, targets = inputs.pin_memory(), targets.pin_memory()
                 batches.append(MicroBatch(lane, part == shape.micro_per_lane - 1, first, inputs, targets))
-        return StepBatch(step, sample, tuple(batches), time.monotonic() - began)
+        state = getattr(self._samples, "state", None)
+        return StepBatch(step, sample, tuple(batches), time.monotonic() - began, state() if state is not None else None)

@@ -17,7 +17,7 @@ Settings fall into three classes when a run is continued:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -58,7 +58,9 @@ class DataConfig(Config):
     stream: str | None = None
     """A source of text (what `lm tokenize` takes) that is tokenized while training; no shards are needed."""
     tokenizer: str | None = None
-    """Only with `stream`: byte, a tokenizer.json or a Hub name."""
+    """Only with `stream`, and needed there: byte, a tokenizer.json or a Hub name."""
+    text_column: str = "text"
+    """Only with `stream`: the column or key that holds the text."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -270,7 +272,7 @@ def read_run_config(path: str | Path) -> RunConfig:
     return build(RunConfig, read_yaml(path), source=str(path))
 
 
-def complete(raw: Mapping[str, Any], *, vocab_size: int, train: Iterable[Source], val: Iterable[str]) -> RunConfig:
+def complete(raw: Mapping[str, Any], *, vocab_size: int, train: Sequence[Source], val: Iterable[str]) -> RunConfig:
     """A raw nested dict and what the data say -> the frozen configuration.
 
     vocab_size: of the tokenizer of the data; a different `model.vocab_size` in `raw` must not be smaller.
@@ -285,7 +287,7 @@ def complete(raw: Mapping[str, Any], *, vocab_size: int, train: Iterable[Source]
         raw,
         {
             "model": {} if given is not None else {"vocab_size": vocab_size},
-            "data": {"train": [source.model_dump() for source in train], "val": list(val)},
+            "data": {"val": list(val)} | ({"train": [source.model_dump() for source in train]} if train else {}),
         },
     )
     return settled(build(RunConfig, filled))

@@ -18,13 +18,17 @@ import numpy.typing as npt
 
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, Manifest, read_manifest
+from lmcore.data.plan import TokenizeConfig
 from lmcore.data.sampler import Mixture, Sampler
 from lmcore.data.stream import TokenStream
+from lmcore.data.streaming import TextStream
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 from lmcore.training.config import DataConfig, RunConfig, Source
 
 TRAIN_VIEW, VAL_VIEW = "train", "val"
+SOURCE = "source"
+"""Folder of a run that keeps the frozen plan of a text source."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ def inspect(config: DataConfig) -> DataSets:
     """Find the views and the tokenizer without reading tokens. LmError when a set is missing or the tokenizers
     differ."""
     train, val, notes = [], [], []
+    if config.stream is not None:
+        return _inspect_stream(config)
     for source in config.train:
         root = Path(source.path)
         split = (root / TRAIN_VIEW / MANIFEST).is_file()
@@ -79,24 +85,56 @@ def inspect(config: DataConfig) -> DataSets:
     return DataSets(tuple(train), tuple(val), manifests, raw, identities[first], vocab_size, tuple(notes))
 
 
+def _inspect_stream(config: DataConfig) -> DataSets:
+    """The data of a run that reads text: its tokenizer must exist already, and validation sets must be named."""
+    spec = config.tokenizer
+    if spec is None or spec.startswith("train:"):
+        raise LmError(
+            "training from text needs a tokenizer that exists already.",
+            hint="Give --tokenizer byte, a tokenizer.json or a Hub name such as gpt2. To train one, make shards: lm "
+            "tokenize --tokenizer train:8192",
+        )
+    tokenizer = Tokenizer.load(spec)
+    val = tuple(str(Path(p) / VAL_VIEW) if (Path(p) / VAL_VIEW / MANIFEST).is_file() else p for p in config.val or ())
+    manifests = {path: read_manifest(path) for path in val}
+    for path, manifest in manifests.items():
+        if manifest.tokenizer is None or manifest.tokenizer.sha256 != tokenizer.sha256:
+            raise LmError(
+                f"{path} was not made by the tokenizer {spec}.", hint="Choose another --val set.", code=Exit.DATA
+            )
+    notes = () if val else ("this run is not validated: name a validation set with --val",)
+    return DataSets((), val, manifests, tokenizer.to_json(), tokenizer.sha256, tokenizer.vocab_size, notes)
+
+
 @dataclass(frozen=True)
 class RunData:
     """The opened data of a run."""
 
-    samples: Sampler | Mixture
+    samples: Sampler | Mixture | TextStream
     val: dict[str, TokenStream]
     """Validation streams by a short name."""
     byte_lengths: npt.NDArray[np.int64] | None
     """(vocabulary,) raw bytes of each token; None when there is no tokenizer."""
     n_tokens: int
-    """Training tokens of all sources."""
+    """Training tokens of all sources; 0 when they are not counted (text)."""
     identity: dict[str, Any]
 
 
-def open_data(config: RunConfig, sets: DataSets) -> RunData:
+def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
     """Open the streams of a run. LmError when the context is longer than the data or a shard is not what it should
     be."""
     data, model, train = config.data, config.model, config.train
+    val = {_name(path): TokenStream.open(path, verify=data.verify) for path in data.val or ()}
+    lengths = None
+    if sets.tokenizer is not None:
+        place = _tokenizer_file(Path(data.train[0].path)) if data.stream is None else None
+        tokenizer = Tokenizer.from_file(place) if place is not None else Tokenizer.load(str(data.tokenizer))
+        lengths = np.array([len(token) for token in tokenizer.token_bytes()], dtype=np.int64)
+    if data.stream is not None:
+        text = TextStream.open(
+            _text_config(data), run_dir / SOURCE, context_length=model.context_length, seed=train.seed
+        )
+        return RunData(text, val, lengths, 0, data_identity(config, sets, text.dataset_id))
     streams = [(TokenStream.open(source.path, verify=data.verify), source) for source in data.train]
     for stream, _ in streams:
         stream.require_vocabulary(model.vocab_size)
@@ -111,16 +149,26 @@ def open_data(config: RunConfig, sets: DataSets) -> RunData:
             order=data.order,
             names=[source.path for _, source in streams],
         )
-    val = {_name(path): TokenStream.open(path, verify=data.verify) for path in data.val or ()}
-    lengths = None
-    if sets.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(_tokenizer_file(Path(data.train[0].path)))
-        lengths = np.array([len(token) for token in tokenizer.token_bytes()], dtype=np.int64)
     return RunData(samples, val, lengths, sum(len(stream) for stream, _ in streams), data_identity(config, sets))
 
 
-def data_identity(config: RunConfig, sets: DataSets) -> dict[str, Any]:
+def _text_config(data: DataConfig) -> TokenizeConfig:
+    """A source as `lm tokenize` takes it: what exists or looks like files is read, everything else is a dataset."""
+    source = str(data.stream)
+    files = source == "-" or "://" in source or any(c in source for c in "*?[") or Path(source).exists()
+    where: dict[str, Any] = {"paths": (source,)} if files else {"dataset": source}
+    return TokenizeConfig(**where, tokenizer=str(data.tokenizer), text_column=data.text_column)
+
+
+def data_identity(config: RunConfig, sets: DataSets, text_id: str = "") -> dict[str, Any]:
     """What a checkpoint remembers of the data: hashes and weights, and the paths for people."""
+    if config.data.stream is not None:
+        return {
+            "dataset_id": text_id,
+            "sources": [{"path": config.data.stream, "weight": 1.0, "dataset_id": text_id}],
+            "val": [{"path": p, "dataset_id": sets.manifests[p].dataset_id} for p in config.data.val or ()],
+            "tokenizer_sha256": sets.tokenizer_sha256,
+        }
     sources = [
         {"path": s.path, "weight": s.weight, "dataset_id": sets.manifests[s.path].dataset_id} for s in config.data.train
     ]

@@ -106,7 +106,9 @@ def prepare(
                 hint=f"If that is what you want: lm train --resume {run_dir} --override {key}={value}",
             )
     sets = inspect(after.data)
-    after = after.model_copy(update={"data": after.data.model_copy(update={"train": sets.train, "val": sets.val})})
+    after = after.model_copy(
+        update={"data": after.data.model_copy(update={"train": sets.train or after.data.train, "val": sets.val})}
+    )
     changes = tuple((key, before, value) for key, before, value, _ in differences(current, after))
     return Launch(run_dir, after, original, sets, found, True, changes, (*notes, *sets.notes))
 

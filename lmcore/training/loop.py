@@ -22,6 +22,7 @@ import torch
 
 from lmcore import storage
 from lmcore.data.sampler import Mixture
+from lmcore.data.streaming import TextStream
 from lmcore.errors import Exit, LmError
 from lmcore.model.model import LanguageModel
 from lmcore.model.plan import known_device, measure_peak, plan_model
@@ -33,7 +34,7 @@ from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
 from lmcore.training.compilation import compile_step, wants_compile
 from lmcore.training.config import RunConfig, differences
-from lmcore.training.data import RunData, data_identity, open_data, refuse_changed_data
+from lmcore.training.data import RunData, open_data, refuse_changed_data
 from lmcore.training.guards import Guard, LossScale
 from lmcore.training.lanes import choose_lanes
 from lmcore.training.launch import Launch
@@ -161,6 +162,7 @@ class _Run:
         self.validated_at = -1
         self._submitted = -1
         self._save_stall_s = 0.0
+        self._source_state: dict[str, Any] | None = None
         self.data: RunData
         self.model: LanguageModel
         self.optimizer: Optimizer
@@ -178,10 +180,11 @@ class _Run:
             self.step = saved["step"]
             self.validation = saved.get("validation") or {}
             return self._result("nothing to do", self.launch.checkpoint)
-        identity = data_identity(self.config, self.launch.sets)
+        self.data = self._open_data()
         if saved is not None:
-            refuse_changed_data(saved, identity, str(self.launch.run_dir))
-        self.data = open_data(self.config, self.launch.sets)
+            refuse_changed_data(saved, self.data.identity, str(self.launch.run_dir))
+            if isinstance(self.data.samples, TextStream) and saved.get("source_state"):
+                self.data.samples.load_state(saved["source_state"])
         self._build()
         if saved is not None:
             self._restore(saved)
@@ -204,6 +207,17 @@ class _Run:
         finally:
             self.writer.wait()
             self.trackers.close()
+            if isinstance(self.data.samples, TextStream):
+                self.data.samples.close()
+
+    def _open_data(self) -> RunData:
+        """The main rank first: a text source is frozen by whoever opens it first."""
+        if not self.world.main:
+            self.world.barrier()
+        data = open_data(self.config, self.launch.sets, self.run.path)
+        if self.world.main:
+            self.world.barrier()
+        return data
 
     def _build(self) -> None:
         config, train = self.config, self.config.train
@@ -329,6 +343,7 @@ class _Run:
         seconds = time.perf_counter() - began
         self.step += 1
         self.sample = batch.first_sample + self.shape.rows
+        self._source_state = batch.source_state
         self._log(numbers, batch, seconds + waited, waited, skipped=action != "update")
         return "stop" if numbers.stop else "go"
 
@@ -465,7 +480,7 @@ class _Run:
             "step": self.step,
             "kind": "train",
             "tokens": self.sample * self.config.model.context_length,
-            "epoch": self.data.samples.epoch_of(self.sample),
+            "epoch": self._epoch(),
             "loss": numbers.loss,
             "grad_norm": numbers.grad_norm,
             "lr": self.optimizer.lr(self.step - 1),
@@ -499,6 +514,10 @@ class _Run:
         self.trackers.log(record)
         self.observer.step(record)
 
+    def _epoch(self) -> float:
+        samples = self.data.samples
+        return float(samples.epoch) if isinstance(samples, TextStream) else samples.epoch_of(self.sample)
+
     def _event(self, kind: str, **fields: Any) -> None:
         if self.world.main:
             self.run.event(kind, **fields)
@@ -521,7 +540,8 @@ class _Run:
                 "validation": _finite(self.validation),
                 "fingerprint": self._fingerprint(),
                 "world_size": self.world.size,
-                **data_identity(self.config, self.launch.sets),
+                "source_state": self._source_state,
+                **self.data.identity,
             },
             config=self.config.to_yaml().encode(),
             tokenizer=self.launch.sets.tokenizer,

@@ -1,4 +1,4 @@
-"""Fixtures of tiny runs (see tiny_runs.py)."""
+"""Fixtures of the training tests; what they are made of lies in small_runs.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.training.tiny_runs import Lab
+from small_runs import Lab
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,31 @@
+"""Training from text without shards: the same law of resume, and refusals in words."""
+
+import pytest
+from small_runs import Crash, Watch, crash, curve, hashes
+
+from lmcore.errors import LmError
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(f"text number {number}: " + "the quick brown fox " * (number + 5))
+    return folder
+
+
+def test_text_is_trained_on_and_resumed_to_the_same_bits(lab, text):
+    settings = (f"data.stream={text}", "data.tokenizer=byte", "data.val=[]")
+    lab.run("whole", *settings)
+    with pytest.raises(Crash):
+        lab.run("broken", *settings, watch=Watch({6: crash}))
+    lab.run("broken", *settings)
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    assert curve(lab.root / "broken") == curve(lab.root / "whole")
+    assert (lab.root / "whole" / "source" / "plan.json").is_file()
+
+
+def test_a_tokenizer_must_be_named(lab, text):
+    with pytest.raises(LmError, match="needs a tokenizer"):
+        lab.run("run", f"data.stream={text}", "data.val=[]")
