@@ -27,6 +27,7 @@ def measure(letter: str, length: int, width: int, layers: int, repeats: int, rec
     import torch
 
     from lmcore.model.config import ModelConfig
+    from lmcore.model.memory import trace_pass
     from lmcore.model.model import LanguageModel
 
     config = ModelConfig(
@@ -53,7 +54,13 @@ def measure(letter: str, length: int, width: int, layers: int, repeats: int, rec
         model.loss(tokens[:, :-1], tokens[:, 1:]).objective().backward()
         times.append(time.process_time() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(times[repeats > 1 :]), "mb": (peak - before) / 1024}
+    plan = trace_pass(config, rows=1, dtype=torch.bfloat16, checkpoint_every=int(recompute))
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    return {
+        "seconds": statistics.median(times[repeats > 1 :]),
+        "mb": (peak - before) / 1024,
+        "planned_mb": (plan.peak + gradients) / 2**20,
+    }
 
 
 def main() -> None:
@@ -89,7 +96,7 @@ def main() -> None:
             rate = length / result["seconds"]
             print(
                 f"{NAMES.get(letter, letter):12s} {length:6d} tokens  {result['seconds']:8.3f} s  {rate:9,.0f} tok/s  "
-                f"+{result['mb']:6.0f} MB",
+                f"+{result['mb']:6.0f} MB (planned {result['planned_mb']:.0f})",
                 flush=True,
             )
     for letter, results in found.items():

@@ -58,8 +58,8 @@ def command(
     """Train several presets alike and compare them.
 
     Every preset is an ordinary run under --out, in its own process, on the same data with the same seed. The same
-    command continues an interrupted comparison. Besides the table there are compare.json and, when matplotlib is
-    installed, compare.png.
+    command continues an interrupted comparison. Besides the table there are compare.json, compare.md and, when
+    matplotlib is installed, compare.png.
 
     Examples:
 
@@ -88,6 +88,8 @@ def command(
             decode_lengths=lengths,
             progress=progress,
         )
+        heads, rows = _heads(lengths), [_row(c, lengths) for c in found]
+        _write_markdown(heads, rows, out / "compare.md")
         drawn = _draw(found, out / "compare.png")
         if drawn and not json_output:
             progress.note(f"plot: {out / 'compare.png'}")
@@ -96,9 +98,20 @@ def command(
 
         ui.emit_json([asdict(contestant) for contestant in found])
         return
-    heads = ["preset", "params", "active", "FLOPs/tok", "tokens", "tok/s", "memory", "loss", "bits/byte"]
-    heads += [f"gen @{n:,}" for n in lengths]
-    ui.table(heads, [_row(c, lengths) for c in found], right=heads[1:])
+    ui.table(heads, rows, right=heads[1:])
+
+
+def _heads(lengths: list[int]) -> list[str]:
+    names = ["preset", "params", "active", "FLOPs/tok", "tokens", "tok/s", "memory", "loss", "bits/byte"]
+    return names + [f"gen @{n:,}" for n in lengths]
+
+
+def _write_markdown(heads: list[str], rows: list[list[str]], path: Path) -> None:
+    """The table as people put it into a README."""
+    from lmcore.storage import write_file
+
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    write_file(path, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
 
 
 def _row(c: Contestant, lengths: list[int]) -> list[str]:
