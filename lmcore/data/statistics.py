@@ -79,7 +79,7 @@ def statistics(
     stream = TokenStream.open(path, verify="size")
     sample = _sample(stream)
     _count_ids(path, manifest, sample, tokenizer, result, add)
-    _rows(path, sample, add)
+    _rows(path, sample, bool(manifest.n_bytes) and manifest.n_bytes < 1.5 * manifest.n_tokens, add)
     if row_keys is not None:
         _equal_rows(path, stream, row_keys, add)
     if len(documents) == len(manifest.shards):
@@ -149,8 +149,12 @@ def _count_ids(
             add("V105", path, f"id {number} ({text!r}) takes {100 * fraction:.0f} % of all tokens")
 
 
-def _rows(path: Path, sample: npt.NDArray[Any], add: Add) -> None:
-    """Rows of one id, and rows that repeat a short pattern, among at most 1,024 sampled stretches."""
+def _rows(path: Path, sample: npt.NDArray[Any], fine: bool, add: Add) -> None:
+    """Rows of one id, and rows that repeat a short pattern, among at most 1,024 sampled stretches.
+
+    fine: the ids are bytes or little more, where runs of blanks and rulers of dashes are usual.
+    """
+    repeats, rate = (128, 20) if fine else (32, 1000)
     width = min(512, sample.shape[1])
     rows = sample[:, : sample.shape[1] // width * width].reshape(-1, width)
     rows = rows[:: max(1, len(rows) // 1024)]
@@ -158,15 +162,15 @@ def _rows(path: Path, sample: npt.NDArray[Any], add: Add) -> None:
     half = width // 2
     # An id with more than half of the places holds the middle of the sorted row, and equals the value half a row away.
     dominated = (ordered[:, : width - half] == ordered[:, half:]).any(axis=1)
-    if (count := int(dominated.sum())) > max(2, len(rows) // 1000):
+    if (count := int(dominated.sum())) > max(2, len(rows) // rate):
         add(
             "V103", path, f"in {100 * count / len(rows):.1f} % of sampled stretches of {width} tokens one id fills half"
         )
     periodic = np.zeros(len(rows), np.bool_)
     for period in range(1, 14):
         same = rows[:, period:] == rows[:, :-period]
-        need = min(32 * period, same.shape[1])
-        if need < 32:
+        need = min(repeats * period, max(32 * period, width * 3 // 4))
+        if need > same.shape[1]:
             continue
         run = np.cumsum(~same, axis=1)  # constant over a run of equal pairs
         periodic |= (run[:, need - 1 :] == np.pad(run, ((0, 0), (1, 0)))[:, : run.shape[1] - need + 1]).any(axis=1)
