@@ -111,13 +111,20 @@ class Decoder:
         logits: Tensor = self.head(F.rms_norm(x, (config.d_model,), model.norm.weight.to(x.dtype), config.norm_eps))
         return logits.to(wide(logits.dtype))
 
-    def read(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def read(self, tokens: Tensor, state: DecodeState | None = None) -> Tensor:
         """tokens: (B, T) ids -> hidden states (B, T, D); `model.trunk(tokens, state=state)` with packed weights."""
         positions = self.model._positions(tokens, None, state)
         x: Tensor = self.model.embedding(tokens, self.model.compute_dtype)
         for index, block in enumerate(self.blocks):
-            x, state.layers[index], _ = block(x, positions, state.layers[index])
+            x, after, _ = block(x, positions, None if state is None else state.layers[index])
+            if state is not None:
+                state.layers[index] = after
         return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> (..., vocab_size) in fp32 or better; `model.logits` with packed weights."""
+        logits: Tensor = self.head(self.model.norm(hidden))
+        return logits.to(wide(logits.dtype))
 
     # ------------------------------------------------------------------ private
 

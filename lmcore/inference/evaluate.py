@@ -22,7 +22,7 @@ removes what makes a document easy or hard for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from lmcore.errors import Exit, LmError
+from lmcore.inference.decode import Decoder
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -230,16 +231,15 @@ def token_losses(model: LanguageModel, tokens: Tensor) -> Tensor:
 
     The logits are made a slice at a time, so that memory does not grow with the vocabulary times the window.
     """
-    hidden = model.trunk(tokens[:, :-1])  # (B, T, D)
-    return losses_of_hidden(model, hidden, tokens[:, 1:])
+    return _losses(model.logits, model.trunk(tokens[:, :-1]), tokens[:, 1:], model.config.vocab_size)
 
 
-def losses_of_hidden(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def _losses(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Trunk output (B, T, D) and targets (B, T) -> losses (B, T) in nats, fp32 or better."""
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    rows = max(1, _LOGITS_AT_ONCE // vocab_size)
     parts = [
-        torch.nn.functional.cross_entropy(model.logits(piece), target, reduction="none")
+        torch.nn.functional.cross_entropy(logits(piece), target, reduction="none")
         for piece, target in zip(flat.split(rows), wanted.split(rows), strict=True)
     ]
     return torch.cat(parts).view(targets.shape)
@@ -279,11 +279,13 @@ def _score(
 ) -> Iterator[tuple[Array, Array, npt.NDArray[np.int64]]]:
     """Yields (targets (B, T), losses (B, T), counts (B,)) in stream order."""
     device = next(model.parameters()).device
+    reader = Decoder(model)  # the same model with weights packed for the CPU's matrix kernels
     rows = max(1, batch_tokens // windows.length)
     for first in range(0, len(windows.starts), rows):
         raw = stream.windows(windows.starts[first : first + rows], windows.length + 1)
         tokens = torch.from_numpy(raw.astype(np.int64)).to(device)
-        losses = token_losses(model, tokens).cpu().numpy()
+        hidden = reader.read(tokens[:, :-1])
+        losses = _losses(reader.logits, hidden, tokens[:, 1:], model.config.vocab_size).cpu().numpy()
         yield raw[:, 1:], losses, windows.counts[first : first + rows]
 
 

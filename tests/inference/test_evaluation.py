@@ -54,6 +54,14 @@ def test_every_token_once_in_the_right_context(context: int, stride: int) -> Non
     assert found.bits_per_byte == pytest.approx(reference.sum() / math.log(2) / raw, abs=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_weights_change_rounding_only(dtype: torch.dtype, tolerance: float, data: Path) -> None:
+    stream = TokenStream.open(data / "val")
+    found, exact = evaluate(small_loaded(dtype), stream), evaluate(small_loaded(torch.float64), stream)
+    assert found.loss == pytest.approx(exact.loss, abs=tolerance)
+    assert found.loss != exact.loss
+
+
 def test_loss_by_position_is_the_mean_at_those_positions() -> None:
     loaded = small_loaded()
     tokens = np.random.default_rng(0).integers(0, 256, 32 * 5 + 1)
