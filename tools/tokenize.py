@@ -24,6 +24,11 @@ class BackendChoice(StrEnum):
     tokenizers = "tokenizers"
 
 
+class Executor(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
 class OnBad(StrEnum):
     stop = "stop"
     skip = "skip"
@@ -86,6 +91,9 @@ def command(
         str | None,
         typer.Option(metavar="I/N", help="Make only part I of N (join them with lm merge).", rich_help_panel=RUN),
     ] = None,
+    executor: Annotated[
+        Executor, typer.Option(help="Where parts run: here, or --part all/N on a Ray cluster.", rich_help_panel=RUN)
+    ] = Executor.local,
     workers: Annotated[
         int,
         typer.Option(
@@ -122,8 +130,11 @@ def command(
     from lmcore.data.forecast import forecast
     from lmcore.data.plan import TokenizeConfig
     from lmcore.data.tokenization import Interrupted, available_cores, tokenize
+    from lmcore.errors import LmError
 
     number, parts = _part(part)
+    if (executor is Executor.ray) != (number == 0):
+        raise LmError("--executor ray runs all parts: use it with --part all/N, such as --part all/8.")
     config = build(
         TokenizeConfig,
         {
@@ -140,11 +151,25 @@ def command(
             "max_tokens": max_tokens,
             "shuffle_units": shuffle_units,
             "on_bad_doc": on_bad_doc.value,
-            "part": number,
-            "parts": parts,
+            "part": number or None,
+            "parts": parts if number else None,
         },
     )
     target = out or _default_out(config)
+    if executor is Executor.ray:
+        from lmcore.data.ray_executor import tokenize_on_ray
+
+        assert parts is not None
+        with ui.progress(quiet) as progress:
+            merged = tokenize_on_ray(
+                config, target, parts, workers=workers or 1, backend=backend.value, progress=progress
+            )
+        facts = {"path": str(target), "dataset_id": merged.dataset_id, "n_tokens": merged.n_tokens, "parts": parts}
+        if json:
+            ui.emit_json(facts)
+        else:
+            ui.table(("merged set", ""), list(facts.items()))
+        return
     with ui.progress(quiet) as progress:
         if dry_run:
             told = forecast(config, target, workers=workers or available_cores(), backend=backend.value)
@@ -177,13 +202,14 @@ def command(
 
 
 def _part(text: str | None) -> tuple[int | None, int | None]:
-    """'2/8' -> (2, 8)."""
+    """'2/8' -> (2, 8); 'all/8' -> (0, 8)."""
     from lmcore.errors import LmError
 
     if text is None:
         return None, None
     number, slash, parts = text.partition("/")
-    if not (slash and number.isdigit() and parts.isdigit()):
+    number = "0" if number == "all" else number
+    if not (slash and number.isdigit() and parts.isdigit() and int(parts)):
         raise LmError(f"--part {text}: expected I/N, such as --part 1/8.")
     return int(number), int(parts)
 
