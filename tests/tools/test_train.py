@@ -128,7 +128,11 @@ def test_a_mixture_on_the_command_line(lm, tiny, make_set):
         (("-p", "tiny.yaml", "-d", "data", "--set", "modle.d_model=1"), 2, "is not a setting"),
         (("-p", "tiny.yaml", "-d", "data", "--steps", "5", "--tokens", "5k"), 2, "give one of them"),
         (("-p", "tiny.yaml", "-d", "data", "--device", "tpu"), 2, "not a device"),
-        (("-p", "tiny.yaml", "-d", "data", "--set", "model.context_length=1M", "--batch-tokens", "1M"), 65, "too few"),
+        (
+            ("-p", "tiny.yaml", "-d", "data", "--set", "model.context_length=65536", "--batch-tokens", "65536"),
+            65,
+            "too few",
+        ),
         (("--resume",), 2, "no trained model"),
         (("--resume", "runs/none"), 2, "no run to resume"),
         (("runs/a", "--out", "runs/b"), 2, "given twice"),

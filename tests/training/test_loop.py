@@ -80,11 +80,12 @@ def test_a_signal_in_a_validation_ends_it_and_saves(lab, number, monkeypatch):
         return original(*args, **keywords)
 
     monkeypatch.setattr(loop, "validate", during)
-    result = lab.run("run")
-    assert (result.reason, result.step, result.signal) == ("signal", 6, number)
+    settings = ("train.steps=4", "train.eval.every_steps=2")
+    result = lab.run("run", *settings)
+    assert (result.reason, result.step, result.signal) == ("signal", 2, number)
     monkeypatch.undo()
-    lab.run("whole")
-    lab.run("run")
+    lab.run("whole", *settings)
+    lab.run("run", *settings)
     assert hashes(lab.root / "run") == hashes(lab.root / "whole")
 
 

@@ -80,6 +80,7 @@ def _port():
 SETTINGS = ("model.dropout=0.1", "train.micro_batch=1", "train.steps=8", "train.checkpoint.every_steps=0")
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_bits_of_one(lab):
     lab.run("one", *SETTINGS)
     done = torchrun(lab, 2, "two", *SETTINGS)
