@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from crash_trace import acknowledge, tree_hash, warn
 
 from lmcore import storage
+from lmcore.data import adopt, merge, split, tokenization, validate, writer
 from lmcore.data import manifest as manifests
-from lmcore.data import split, tokenization, validate, writer
+from lmcore.data.shard import npy_chunks
 from lmcore.errors import LmError
 from lmcore.training import checkpoint
 from lmcore.training.rundir import opened
@@ -172,6 +174,89 @@ class Split:
         return _sets_without_dates(out)
 
 
+class Merge:
+    """`lm merge` of two parts."""
+
+    units = 1
+
+    def __init__(self, source: Path, parts: Path) -> None:
+        self.parts = []
+        for number in (1, 2):
+            config = tokenization.TokenizeConfig(
+                paths=(str(source),), tokenizer="byte", seq_len=2048, shard_tokens=4096, part=number, parts=2
+            )
+            self.parts.append(parts / f"part-{number}")
+            tokenization.tokenize(config, self.parts[-1], workers=1, backend="tokenizers")
+
+    def prepare(self, out: Path) -> None: ...
+
+    def run(self, out: Path) -> None:
+        storage.make_directory(out)
+        storage.sweep(out)
+        merge.merge(self.parts, out / "merged")
+        acknowledge(1)
+
+    def check(self, out: Path, acknowledged: int) -> None:
+        merged = out / "merged"
+        if acknowledged:
+            assert merged.exists(), "the acknowledged set is lost"
+        if merged.exists():
+            report = validate.validate(merged)
+            assert report.ok, [finding.code for finding in report.findings]
+
+    def fingerprint(self, out: Path) -> str:
+        return _links_by_target(out)
+
+
+class Adopt:
+    """`lm import` of two arrays: linked as they are, or converted."""
+
+    units = 1
+
+    def __init__(self, arrays: Path, *, copy: bool) -> None:
+        self.arrays, self.copy = arrays, copy
+        arrays.mkdir(exist_ok=True)
+        for number in range(2):
+            tokens = (np.arange(3 * 2048, dtype="<u2") * 7 + number) % 500
+            chunks, _ = npy_chunks(tokens.reshape(3, 2048))
+            (arrays / f"{number}.npy").write_bytes(b"".join(chunks))
+
+    def prepare(self, out: Path) -> None: ...
+
+    def run(self, out: Path) -> None:
+        storage.make_directory(out)
+        storage.sweep(out)
+        if not (out / "set").exists():
+            adopt.adopt(self.arrays, out / "set", copy=self.copy)
+        storage.fsync_directory(out)
+        acknowledge(1)
+
+    def check(self, out: Path, acknowledged: int) -> None:
+        adopted = out / "set"
+        if acknowledged:
+            assert adopted.exists(), "the acknowledged set is lost"
+        if adopted.exists():
+            report = validate.validate(adopted)
+            assert report.ok, [finding.code for finding in report.findings]
+
+    def fingerprint(self, out: Path) -> str:
+        return _links_by_target(out)
+
+
+def _links_by_target(out: Path) -> str:
+    """Relative links out of the tree differ with the place of the tree: compare where they lead."""
+    digest = hashlib.sha256()
+    for path in sorted(out.rglob("*")):
+        if path.name == "manifest.json":
+            raw = json.loads(path.read_bytes())
+            digest.update(storage.canonical_json({k: v for k, v in raw.items() if k not in ("created_by", "backend")}))
+        elif path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+        else:
+            digest.update(path.name.encode() + b"/")
+    return digest.hexdigest()
+
+
 def snapshot(step: int) -> checkpoint.Snapshot:
     """A small checkpoint whose content is a function of the step."""
     return checkpoint.Snapshot(
@@ -262,5 +347,8 @@ def real_writers(base: Path) -> Iterator[Any]:
     yield Split(finished, "hardlink")
     yield Split(finished, "copy")
     yield Split(finished, materialize=True)
+    yield Merge(corpus, base / "parts")
+    yield Adopt(base / "arrays", copy=False)
+    yield Adopt(base / "arrays", copy=True)
     yield Checkpoints()
     yield RunLog()

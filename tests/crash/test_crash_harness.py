@@ -25,11 +25,11 @@ def name_of(target: object) -> str:
     return getattr(target, "name", type(target).__name__)
 
 
-# A third of the calls with each action; the slow test tries all.
+# A sample of the calls with each action, the same in each run; the slow test tries all.
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_a_kill_or_an_error_at_any_call_keeps_the_promise(target: Target) -> None:
-    result = crash_enum.enumerate_crashes(target, ("KILL", "ENOSPC"), stride=3)
-    assert result.injections >= 40
+    result = crash_enum.enumerate_crashes(target, ("KILL", "ENOSPC"), stride=7)
+    assert result.injections >= 15
     assert not result.violations, str(result.violations)
 
 
@@ -43,15 +43,15 @@ def test_a_kill_or_any_error_at_every_call_keeps_the_promise(target: Target) -> 
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_a_power_cut_after_any_call_keeps_the_promise(target: Target) -> None:
-    result = crash_power.cut_power(target)
-    assert result.images >= 50
+    result = crash_power.cut_power(target, samples=3, stride=2)
+    assert result.images >= 25
     assert not result.violations, str(result.violations)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_a_kill_followed_by_a_power_cut_keeps_the_promise(target: Target) -> None:
-    result = crash_power.kill_then_cut_power(target, stride=5)
-    assert result.images >= 40
+    result = crash_power.kill_then_cut_power(target, stride=19)
+    assert result.images >= 20
     assert not result.violations, str(result.violations)
 
 
@@ -95,7 +95,7 @@ def test_what_only_one_harness_can_see(name: str) -> None:
     mutant = next(m for m in MUTANTS if m.name == name)
     blind = "power" if mutant.caught_by == ("short",) else "enum"
     if blind == "enum":
-        assert not crash_enum.enumerate_crashes(mutant, ("KILL", "EIO"), stride=4).violations
+        assert not crash_enum.enumerate_crashes(mutant, ("KILL", "EIO"), stride=7).violations
     else:
         assert not crash_power.cut_power(mutant).violations
 

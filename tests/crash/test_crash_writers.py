@@ -15,7 +15,19 @@ import crash_writers
 import pytest
 from crash_trace import in_child, require_strace, scratch
 
-NAMES = ["tokenize", "split", "split-hardlink", "split-copy", "split-materialize", "checkpoints", "run-log"]
+NAMES = [
+    *(
+        "tokenize",
+        "split",
+        "split-hardlink",
+        "split-copy",
+        "split-materialize",
+        "merge",
+        "import-link",
+        "import-convert",
+    ),
+    *("checkpoints", "run-log"),
+]
 FAST = ["tokenize", "split", "checkpoints", "run-log"]
 STRIDE = {"tokenize": 17, "split": 23, "checkpoints": 41, "run-log": 11}
 
