@@ -21,7 +21,7 @@ def test_memory_is_linear_in_the_rows():
 
 def test_what_attention_and_a_dense_layer_keep_is_what_their_equations_need():
     """Per token and layer in fp32, by hand: inputs of the products and norms, outputs of attention and SiLU:
-    x twice, normed twice, qkv 3d, rotated 2d, out d, w13 2f, silu f, product f and small change: between 15 and 35 d."""
+    x twice, normed twice, qkv 3d, rotated 2d, out d, w13 2f, silu f, product f and more: between 15 and 35 d."""
     deeper = with_(num_layers=8)
     per_layer = (trace_pass(deeper, rows=1).kept - trace_pass(CONFIG, rows=1).kept) / 4
     assert 15 < per_layer / (256 * 128 * 4) < 35
