@@ -15,10 +15,25 @@ RUN, MACHINE, SHOW = "Run", "Machine", "What to show"
 
 
 def command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PRESET]",
+            help="Name of a preset (lm train --list-presets), a YAML file or the config.yaml of a run; default: nano.",
+            show_default=False,
+        ),
+    ] = None,
     preset: Annotated[
-        str,
-        typer.Argument(help="Name of a preset (lm train --list-presets), a YAML file or the config.yaml of a run."),
-    ] = "nano",
+        str | None,
+        typer.Option(
+            "--preset",
+            "--config",
+            "-p",
+            help="The same, as `lm train` takes it.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +132,8 @@ def command(
 
     if dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise LmError(f"--dtype {dtype}: choose auto, bf16, fp16 or fp32.")
+    if name is not None and preset is not None:
+        raise LmError(f"the preset is given twice: {name} and --preset {preset}.")
     if tokens is not None and hours is not None:
         raise LmError("--tokens and --hours both give the length of the run; give one of them.")
     if hours is not None and not hours > 0:
@@ -130,7 +147,7 @@ def command(
         if not isinstance(parsed, int) or parsed < 1:
             raise LmError(f"--tokens {tokens}: a number such as 500M or 10B is expected.")
         length = parsed
-    _, raw = read_preset(preset)
+    _, raw = read_preset(name or preset or "nano")
     raw = merge(raw, parse_overrides(settings or []), {"data": {"train": data, "val": []}} if data else {})
     drafted: Draft = draft(raw, tokens=length)
     if parameters:

@@ -45,6 +45,12 @@ def test_json_is_one_document(lm):
     assert run["seconds"] == pytest.approx(run["tokens"] / run["tokens_per_s"])
 
 
+def test_a_preset_is_named_either_way(lm):
+    first = lm("plan", "nano", *SMALL, "--device", "h100", "--json")
+    assert first.out == lm("plan", "--preset", "nano", *SMALL, "--device", "h100", "--json").out
+    assert lm("plan", "nano", "--preset", "nano").code == 2
+
+
 def test_parameters_are_listed(lm):
     outcome = lm("plan", "nano", *SMALL, "--parameters")
     assert outcome.code == 0, outcome.err
