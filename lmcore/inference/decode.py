@@ -77,6 +77,18 @@ class Decoder:
         for block in self.blocks:
             self.parts.append(self._parts(block) if _is_plain(block) else {})
 
+    @classmethod
+    def of(cls, model: LanguageModel) -> Decoder:
+        """The decoder of a model, made anew only when its weights have changed since the last call."""
+        try:
+            key = (model.compute_dtype, *((p.data_ptr(), p._version, p.dtype) for p in model.parameters()))
+        except RuntimeError:  # tensors made in inference mode do not count their changes
+            return cls(model)
+        kept = model.__dict__.get("_decoder")
+        if kept is None or kept[0] != key:
+            kept = model.__dict__["_decoder"] = (key, cls(model))
+        return kept[1]
+
     def __call__(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """tokens: (B,) or (B, 1) ids -> logits (B, vocab_size) in fp32 or better; `state` is advanced."""
         tokens = tokens.view(-1)

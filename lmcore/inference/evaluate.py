@@ -279,7 +279,7 @@ def _score(
 ) -> Iterator[tuple[Array, Array, npt.NDArray[np.int64]]]:
     """Yields (targets (B, T), losses (B, T), counts (B,)) in stream order."""
     device = next(model.parameters()).device
-    reader = Decoder(model)  # the same model with weights packed for the CPU's matrix kernels
+    reader = Decoder.of(model)  # the same model with weights packed for the CPU's matrix kernels
     rows = max(1, batch_tokens // windows.length)
     for first in range(0, len(windows.starts), rows):
         raw = stream.windows(windows.starts[first : first + rows], windows.length + 1)

@@ -225,7 +225,7 @@ class _Engine:
     ) -> None:
         self.model = model
         self.config = config
-        self.decoder = Decoder(model)
+        self.decoder = Decoder.of(model)
         self.rows: list[_Row] = []
         self.device = next(model.parameters()).device
         self.limit: int | None = None

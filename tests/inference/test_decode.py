@@ -60,3 +60,18 @@ def test_equals_the_model(layers: str, dtype: torch.dtype) -> None:
             after = model(tokens[list(members), 21:], state=state)
             expected = model(tokens[list(members), 21:], state=reference)
             assert (after - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+def test_a_decoder_is_kept_until_the_weights_change() -> None:
+    model = small_model(small_config(250), dtype=torch.float32)
+    first = Decoder.of(model)
+    assert Decoder.of(model) is first
+    names = set(model.state_dict())
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    second = Decoder.of(model)
+    assert second is not first
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        torch.testing.assert_close(second.logits(second.read(tokens)), model(tokens), rtol=1e-4, atol=1e-5)
+    assert set(model.state_dict()) == names
