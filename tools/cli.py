@@ -78,11 +78,7 @@ _COMMANDS = {
 
 for _panel, _modules in _COMMANDS.items():
     for _name, _module in _modules.items():
-        try:  # while parts are still being built
-            _found = importlib.import_module(f".{_module}", __package__)
-        except ModuleNotFoundError:
-            continue
-        app.command(_name, rich_help_panel=_panel)(_found.command)
+        app.command(_name, rich_help_panel=_panel)(importlib.import_module(f".{_module}", __package__).command)
 
 
 def main(arguments: list[str] | None = None) -> None:
