@@ -135,6 +135,7 @@ def in_child(work: Callable[[], None], *, strace: list[str] | None = None, log: 
     if pid == 0:
         code = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_CHILD_SECONDS)
             for descriptor in (1, 2):
                 os.dup2(said_w, descriptor)
