@@ -8,8 +8,10 @@ Rules fitted at larger scale, around a reference point (a 12-layer model, D_ref 
     wd = wd_ref sqrt(B / B_ref) D_ref / D     Muon: B / (lr wd D) stays constant; the weights remember the same share
                                               of every run (arXiv:2405.13698)
 
-Short runs also get at least MIN_STEPS steps, because an optimizer needs steps more than it needs smooth gradients; that
-bound is ours and lies outside of what was fitted. AdamW keeps its usual decay.
+Small runs lie outside of what was fitted, and three bounds of ours hold there. They get at least MIN_STEPS steps. Their
+learning rates do not fall below the reference's: 120 steps of 1,024 tokens (0.8M parameters, source text) ended at 2.02
+nats per byte with the reference's rates, 2.05 with half of them and 2.32 with an eighth. And Muon's decay stays at or
+below MAX_DECAY (0.9 gave 1.99 there, 0.1 gave 2.02). AdamW keeps its usual decay.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ REFERENCE_BATCH = 1 << 19
 REFERENCE_TOKENS = 1.3e9
 TOKENS_PER_PARAMETER = 12.0
 MIN_STEPS = 500
+MAX_DECAY = 1.0
 DECAY_PER_STEP = 0.28 * 0.02
 """lr * weight_decay of Muon at the reference point."""
 
@@ -37,9 +40,9 @@ class Scaling:
     batch_tokens: int
     steps: int
     lr_factor: float
-    """Multiplier of every default learning rate: sqrt(B / B_ref)."""
+    """Multiplier of every default learning rate: sqrt(B / B_ref), at least 1."""
     decay_per_step: float
-    """lr * weight_decay of the Muon group."""
+    """lr * weight_decay of the Muon group by the rule (the decay is bounded by MAX_DECAY)."""
 
     def optim(self, config: OptimConfig) -> OptimConfig:
         """`config` with the scaled values in place of every None; what the user set stays."""
@@ -51,7 +54,7 @@ class Scaling:
         if config.weight_decay is None and config.optimizer == "muon":
             lr = changes.get("lr", full.lr)
             assert isinstance(lr, float)
-            changes["weight_decay"] = self.decay_per_step / lr
+            changes["weight_decay"] = min(MAX_DECAY, self.decay_per_step / lr)
         return full.model_copy(update=changes)
 
 
@@ -80,6 +83,6 @@ def scale(
         tokens=steps * batch_tokens,
         batch_tokens=batch_tokens,
         steps=steps,
-        lr_factor=math.sqrt(share),
+        lr_factor=max(1.0, math.sqrt(share)),
         decay_per_step=DECAY_PER_STEP * share * REFERENCE_TOKENS / (steps * batch_tokens),
     )
