@@ -3,9 +3,9 @@
 usage: python benchmarks/step.py [--preset nano] [--rounds 7] [--threads N]
 
 The plain way is what the small GPT trainers do on a CPU: fp32, scaled_dot_product_attention, torch.optim.AdamW,
-clipping, `loss.item()` at each step; the same shapes (width, layers, heads, feed-forward, vocabulary, batch, context). Rounds of
-all candidates are interleaved and medians are compared, so that a busy machine hits all alike. The last line gives the
-share of the step that is neither forward, backward nor optimizer.
+clipping, `loss.item()` at each step; the same shapes (width, layers, heads, feed-forward, vocabulary, batch, context).
+Rounds of all candidates are interleaved and medians are compared, so that a busy machine hits all alike. The last line
+gives the share of the step that is neither forward, backward nor optimizer.
 """
 
 from __future__ import annotations

@@ -291,8 +291,9 @@ class _Run:
     def _loop(self) -> RunResult:
         train = self.config.train
         reason = self.stop.reason()
-        with self._loader() as first_loader:
-            loader = first_loader
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(_thaw_garbage)
+            loader = cleanup.enter_context(self._loader())
             batches = iter(loader)
             if not reason and train.compile:
                 first = next(batches)
@@ -304,15 +305,12 @@ class _Run:
                 if outcome == "rollback":
                     loader.close()
                     self._roll_back(batch)
-                    loader = self._loader()
+                    loader = cleanup.enter_context(self._loader())
                     batches = iter(loader)
                     continue
                 if self.step == self._first + 1:
                     _freeze_garbage()
                 reason = self._after_step(outcome == "stop")
-            loader.close()
-        gc.unfreeze()
-        gc.enable()
         if not reason:
             self._validate()
         failure = self._save(wait=True)
@@ -707,6 +705,11 @@ def _freeze_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+
+
+def _thaw_garbage() -> None:
+    gc.unfreeze()
+    gc.enable()
 
 
 def _finite(value: Any) -> Any:
