@@ -55,8 +55,8 @@ def test_a_small_run_keeps_the_rates_of_the_reference():
     config = s.optim(OptimConfig())
     assert (config.lr, config.embedding_lr) == (0.02, 0.3)
     assert s.steps >= 490
-    tiny = scale(parameters=10**6, context_length=512, tokens=1_000_000).optim(OptimConfig())
-    assert (tiny.lr, tiny.weight_decay) == (0.02, 1.0)  # the rule alone would ask for a decay of 2.8
+    tiny = scale(parameters=10**6, context_length=512, tokens=1_000_000, batch_tokens=65_536).optim(OptimConfig())
+    assert (tiny.lr, tiny.weight_decay) == (0.02, 1.0)  # the rule alone would ask for a decay of 5.7
 
 
 def test_what_the_user_set_stays():
