@@ -126,6 +126,15 @@ def command(
         str | None,
         typer.Option("--tokens", help="Length in tokens instead: 500M, 10B.", rich_help_panel=SIZE, show_default=False),
     ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            "--hours",
+            help="Length of a new run in time: what fits into it at the usual utilisation of this machine.",
+            rich_help_panel=SIZE,
+            show_default=False,
+        ),
+    ] = None,
     batch_tokens: Annotated[
         str | None,
         typer.Option(
@@ -224,6 +233,8 @@ def command(
 
         lm train --preset gpt2-124m --data shards/web --tokens 2.5B
 
+        lm train --preset small --hours 8                     as many tokens as fit into a night
+
         lm train --resume                                     go on with the run trained last
 
         lm train --resume runs/nano --override train.steps=800
@@ -256,7 +267,7 @@ def command(
     )
     typed = merge(parse_overrides(settings or []), flags)
     look = print_config or dry_run or verify_resume
-    launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume, look)
+    launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume, look, hours)
     if print_config:
         return _print_config(launch, json)
     if dry_run:
@@ -330,7 +341,13 @@ def _source(text: str) -> dict[str, Any]:
 
 
 def _launch(
-    run_dir: Path | None, preset: str, typed: dict[str, Any], overrides: dict[str, Any], resume: bool, look: bool
+    run_dir: Path | None,
+    preset: str,
+    typed: dict[str, Any],
+    overrides: dict[str, Any],
+    resume: bool,
+    look: bool,
+    hours: float | None,
 ) -> Launch:
     from lmcore.training import checkpoint
     from lmcore.training.config import read_preset
@@ -342,9 +359,9 @@ def _launch(
             ui.say(f"resuming {run_dir}")
         elif checkpoint.step_of(run_dir) is not None and run_dir.parent.name == checkpoint.CHECKPOINTS:
             run_dir = _run_of_checkpoint(run_dir)
-        return prepare(run_dir, typed=typed, overrides=overrides, resume=True)
+        return prepare(run_dir, typed=typed, overrides=overrides, resume=True, hours=hours)
     name, raw = read_preset(preset)
-    return prepare(run_dir or Path("runs") / name, preset=raw, typed=typed, overrides=overrides, look=look)
+    return prepare(run_dir or Path("runs") / name, preset=raw, typed=typed, overrides=overrides, look=look, hours=hours)
 
 
 def _run_of_checkpoint(path: Path) -> Path:

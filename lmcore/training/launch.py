@@ -4,12 +4,16 @@
     an existing run, the same command      must equal the run's config.yaml in identity and schedule; then it continues
     an existing run, --resume              its own configuration; what is typed beside it must be free, or an --override
 
+A length in hours becomes a number of tokens once, when the run is new; run.jsonl remembers it, so that the same command
+means the same run although a measured peak is never twice the same.
+
 `config.yaml` of a run stays as it was at the beginning. Overrides live on in the configuration of the checkpoints that
 are written after them, and in run.jsonl.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any
 
 from lmcore.config import build, merge
 from lmcore.errors import LmError
+from lmcore.storage import read_json_lines
 from lmcore.training import checkpoint
 from lmcore.training.config import (
     DataConfig,
@@ -29,7 +34,7 @@ from lmcore.training.config import (
     settled,
 )
 from lmcore.training.data import DataSets, inspect
-from lmcore.training.rundir import CONFIG
+from lmcore.training.rundir import CONFIG, EVENTS
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Launch:
     exists: bool
     changes: tuple[tuple[str, Any, Any], ...] = ()
     """(key, before, after) of every setting that differs from the last time."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the start event of a new run records besides: where its length and its first weights come from."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -58,24 +65,32 @@ def prepare(
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     look: bool = False,
+    hours: float | None = None,
 ) -> Launch:
     """Decide what runs in `run_dir`. Writes nothing.
 
     preset: the raw preset or file; typed: `--set` and flags, merged; overrides: `--override`. look: only looking, as if
-    the directory were new. Raises LmError when the
+    the directory were new. hours: the length of a new run, in place of steps or tokens. Raises LmError when the
     directory holds another run, or when a resumed run would change what it must not.
     """
     run_dir = Path(run_dir)
     typed, overrides = typed or {}, overrides or {}
     notes: list[str] = []
     exists = (run_dir / CONFIG).is_file() and (resume or not look)
+    if hours is not None:
+        _refuse_two_lengths(hours, typed, overrides, resume)
     if not exists:
         if resume:
             raise LmError(f"{run_dir}: no run to resume here.", hint="Start one with: lm train")
         if run_dir.exists() and not run_dir.is_dir():
             raise LmError(f"{run_dir}: a file of this name is in the way.", hint="Choose another directory with --out.")
-        config, sets = _complete(merge(preset or {}, typed, overrides))
-        return Launch(run_dir, config, config, sets, None, False, (), sets.notes)
+        raw, origin = merge(preset or {}, typed, overrides), {}
+        if hours is not None:
+            origin["length"], note = _in_tokens(hours, raw)
+            raw = _with_tokens(raw, origin["length"]["tokens"])
+            notes.append(note)
+        config, sets = _complete(raw)
+        return Launch(run_dir, config, config, sets, None, False, (), origin, (*notes, *sets.notes))
 
     original = read_run_config(run_dir / CONFIG)
     found = checkpoint.newest(run_dir, skipped=notes.append)
@@ -83,7 +98,10 @@ def prepare(
     if resume:
         wanted = dict(typed)
     else:
-        repeated, _ = _complete(merge(preset or {}, typed))
+        raw = merge(preset or {}, typed)
+        if hours is not None:
+            raw = _with_tokens(raw, _recorded_tokens(run_dir, hours))
+        repeated, _ = _complete(raw)
         changed = [d for d in differences(original, repeated) if d[2] != "auto" and not _same_data(d)]
         refused = [d for d in changed if d[3] != "free"]
         if refused:
@@ -110,7 +128,77 @@ def prepare(
         update={"data": after.data.model_copy(update={"train": sets.train or after.data.train, "val": sets.val})}
     )
     changes = tuple((key, before, value) for key, before, value, _ in differences(current, after))
-    return Launch(run_dir, after, original, sets, found, True, changes, (*notes, *sets.notes))
+    return Launch(run_dir, after, original, sets, found, True, changes, {}, (*notes, *sets.notes))
+
+
+# ---------------------------------------------------------------------------------------- a length in hours
+
+
+def _refuse_two_lengths(hours: float, typed: Mapping[str, Any], overrides: Mapping[str, Any], resume: bool) -> None:
+    if not hours > 0 or not math.isfinite(hours):
+        raise LmError(f"--hours {hours:g}: the length of a run is more than nothing.")
+    if resume:
+        raise LmError(
+            "--hours gives the length of a new run; a run that is resumed has one.",
+            hint="Change it with --override train.steps=N, or leave earlier with --max-minutes.",
+        )
+    train = merge(typed, overrides).get("train") or {}
+    other = next((key for key in ("steps", "tokens") if train.get(key) is not None), None)
+    if other is not None:
+        raise LmError(f"--hours and train.{other} both give the length of the run; give one of them.")
+
+
+def _in_tokens(hours: float, raw: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """How many tokens `hours` are on this machine: (what run.jsonl records of it, a sentence)."""
+    from lmcore.training.parallel import world_size
+    from lmcore.training.plan import DEFAULT_MFU, Draft, find_target, tokens_in
+
+    config, _ = _complete(_with_tokens(raw, None))
+    target, devices = find_target(config.train.device, config.train.dtype), world_size()
+    if devices > 1 and target.device_type == "cpu":
+        raise LmError(
+            "with several processes on CPUs, each would measure another peak and so another length for --hours.",
+            hint=f"Let lm plan --hours {hours:g} --devices {devices} say how many tokens it is, and give --tokens.",
+        )
+    tokens = tokens_in(hours, Draft(config, None, ()), target, devices=devices)
+    for _ in range(8):  # whole steps, so that this number alone leads to the same batch and steps again
+        config, _ = _complete(_with_tokens(raw, tokens))
+        whole = config.total_steps * config.batch_tokens
+        if whole == tokens:
+            break
+        tokens = whole
+    mfu = DEFAULT_MFU.get(target.device_type, 0.3)
+    note = (
+        f"{hours:g} hours at {mfu:.0%} of the peak of {target.name} ({(target.peak_flops or 0) / 1e12:.3g} TFLOP/s, "
+        f"{target.source}) are {tokens:,} tokens: {config.total_steps:,} steps"
+    )
+    record = {"hours": hours, "tokens": tokens, "mfu": mfu, "peak_flops": target.peak_flops, "device": target.name}
+    return record, note
+
+
+def _with_tokens(raw: Mapping[str, Any], tokens: int | None) -> dict[str, Any]:
+    return merge(raw, {"train": {"steps": None, "tokens": tokens}})
+
+
+def _recorded_tokens(run_dir: Path, hours: float) -> int:
+    """What `hours` meant when the run began."""
+    length = _start(run_dir).get("length") or {}
+    if length.get("hours") != hours:
+        began = f"for {length['hours']:g} hours" if length else "with another length"
+        raise LmError(
+            f"{run_dir} holds a run that was started {began}, not for {hours:g} hours.",
+            hint="Continue that run with --resume, or train this one elsewhere with --out.",
+        )
+    return int(length["tokens"])
+
+
+def _start(run_dir: Path) -> dict[str, Any]:
+    """The event that says how the run began."""
+    events = read_json_lines(run_dir / EVENTS) if (run_dir / EVENTS).is_file() else []
+    return next((event for event in reversed(events) if event.get("event") == "start"), {})
+
+
+# ---------------------------------------------------------------------------------------- settings
 
 
 def _complete(raw: Mapping[str, Any]) -> tuple[RunConfig, DataSets]:

@@ -269,8 +269,9 @@ class _Run:
                 self.run.path, max(1, keep.keep + 1 - have) * size, f"{keep.keep + 1} checkpoints of this model"
             )
         if not self.launch.exists:
+            # The event first: config.yaml makes the directory a run, which then knows how it began.
+            self.run.event("start", config="config.yaml", fingerprint=self._fingerprint(), **self.launch.origin)
             self.run.create(self.config, self.launch.sets.tokenizer)
-            self.run.event("start", config="config.yaml", fingerprint=self._fingerprint())
         else:
             storage.make_directory(self.run.checkpoints)
             self.run.cut_metrics(self.step)

@@ -10,7 +10,7 @@ OPTIONS = {
     "--preset", "--config", "--out", "--resume", "--set", "--override", "--data", "--val", "--stream", "--tokenizer",
     "--steps", "--tokens", "--batch-tokens", "--lr", "--seed", "--device", "--dtype", "--compile", "--no-compile",
     "--max-minutes", "--tensorboard", "--wandb", "--list-presets", "--print-config", "--dry-run", "--verify-resume",
-    "--json", "--quiet", "--help",
+    "--hours", "--json", "--quiet", "--help",
 }  # fmt: skip
 
 TINY = """
@@ -40,6 +40,56 @@ def test_the_options_are_those_that_were_decided(lm):
     text = lm("train", "--help").out
     assert set(re.findall(r"--[a-z][a-z-]+", text)) >= OPTIONS - {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OPTIONS <= {"--nproc-per-node"}
+
+
+def test_a_length_in_hours_is_measured_once_and_the_same_command_continues(lm, tiny):
+    from lmcore.training.rundir import RunDirectory
+
+    command = ("train", "--preset", "tiny.yaml", "--data", "data", "--set", "train.batch_tokens=128")
+    first = lm(*command, "--hours", "1e-8")
+    assert first.code == 0, first.err
+    assert "1e-08 hours at 30% of the peak of" in first.err
+    run = RunDirectory(tiny / "runs" / "tiny")
+    length = run.events()[0]["length"]
+    assert length["tokens"] == run.config().train.steps * 128
+    assert length["hours"] == 1e-8
+    peak, share = length["peak_flops"], length["mfu"]
+    from lmcore.model.plan import plan_model
+
+    exact = share * peak * 1e-8 * 3600 / plan_model(run.config().model).train_flops
+    assert 0 <= length["tokens"] - exact <= 128  # whole steps
+    again = lm(*command, "--hours", "1e-8")
+    assert again.code == 0, again.err
+    assert "nothing to do" in again.out
+    other = lm(*command, "--hours", "2e-8")
+    assert other.code == 2
+    assert "started for 1e-08 hours" in other.err
+
+
+@pytest.mark.parametrize("more", [("--steps", "3"), ("--tokens", "1k"), ("--set", "train.steps=3")])
+def test_hours_and_another_length_are_refused(lm, tiny, more):
+    done = lm("train", "--preset", "tiny.yaml", "--data", "data", "--hours", "1", *more)
+    assert done.code == 2
+    assert "give one of them" in done.err
+
+
+def test_hours_on_a_device_without_a_known_peak_and_on_many_cpus(tiny, monkeypatch):
+    from lmcore.errors import LmError
+    from lmcore.training import plan
+    from lmcore.training.config import read_preset
+    from lmcore.training.launch import prepare
+
+    raw = read_preset("tiny.yaml")[1] | {"data": {"train": "data"}}
+    unknown = plan.Target("some GPU", "cuda", "bf16", None, None, "unknown")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "find_target", lambda *_: unknown)
+        with pytest.raises(LmError, match="peak of some GPU is not known") as caught:
+            prepare("runs/x", preset=raw, hours=1.0)
+        assert "--tokens" in caught.value.hint
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LmError, match="each would measure"):
+        prepare("runs/x", preset=raw, hours=1.0)
 
 
 def test_a_run_and_the_same_command_again(lm, tiny):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from small_runs import Crash, Watch, crash, curve, hashes
+from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
 from lmcore.training import rundir
@@ -172,3 +172,18 @@ def test_validation_agrees_with_lm_eval(lab):
     windows = (found.tokens - 1) // 32 * 32
     assert abs(windows - found.tokens) <= 64
     assert result.validation["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=5e-3)
+
+
+@pytest.mark.parametrize("peak", [1e7, 3.3e7, 1.01e8, 7.7e9])
+def test_the_tokens_of_an_hour_lead_to_the_same_dial_again(lab, monkeypatch, peak):
+    from lmcore.training import plan
+    from lmcore.training.launch import prepare
+
+    target = plan.Target("a device", "cpu", "fp32", peak, None, "a test")
+    monkeypatch.setattr(plan, "find_target", lambda *_: target)
+    raw = {"model": TINY["model"] | {"context_length": 24}, "data": {"train": str(lab.data)}}
+    first = prepare(lab.root / "run", preset=raw, hours=1.0)
+    tokens = first.origin["length"]["tokens"]
+    assert tokens == first.config.total_steps * first.config.batch_tokens
+    again = prepare(lab.root / "run", preset=raw, typed={"train": {"tokens": tokens}})
+    assert again.config == first.config
