@@ -58,6 +58,17 @@ def command(
             rich_help_panel=RUN,
         ),
     ] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            "--init-from",
+            metavar="RUN",
+            help="Begin a new run with the weights of a run, a checkpoint or an imported model; its architecture is "
+            "taken too.",
+            rich_help_panel=RUN,
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -235,6 +246,8 @@ def command(
 
         lm train --preset small --hours 8                     as many tokens as fit into a night
 
+        lm train runs/code --init-from runs/nano --data shards/code --steps 200
+
         lm train --resume                                     go on with the run trained last
 
         lm train --resume runs/nano --override train.steps=800
@@ -249,6 +262,7 @@ def command(
     if run is not None and out is not None:
         raise LmError(f"the run directory is given twice: {run} and --out {out}.")
     flags = _flags(
+        init_from=init_from,
         data=data,
         val=val,
         stream=stream,
@@ -291,6 +305,7 @@ def _flags(**given: Any) -> dict[str, Any]:
     from lmcore.errors import LmError
 
     places = {
+        "init_from": "train.init_from",
         "stream": "data.stream",
         "tokenizer": "data.tokenizer",
         "steps": "train.steps",

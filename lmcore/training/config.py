@@ -163,6 +163,9 @@ class TrainConfig(Config):
     rules, from the size of the model and the length of the run."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows per forward pass; a matter of memory only. auto: as many as fit comfortably."""
+    init_from: str | None = None
+    """Run or checkpoint (also an imported model) whose weights a new run begins with. The architecture comes from it;
+    the data must have been made by its tokenizer."""
     seed: int = Field(default=1337, ge=0, lt=1 << 63)
     """Starts the weights, the data order and dropout."""
     device: str = "auto"
@@ -352,7 +355,7 @@ def read_preset(name_or_path: str) -> tuple[str, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------- continuing a run
 
 # data.train is free because paths mean nothing: what was read is compared by dataset_id and weight (rundir.py).
-_IDENTITY = ("model", "data.order", "data.stream", "data.tokenizer", "optim.optimizer", "train.seed")
+_IDENTITY = ("model", "data.order", "data.stream", "data.tokenizer", "optim.optimizer", "train.seed", "train.init_from")
 _SCHEDULE = ("optim", "model.dropout", "train.steps", "train.tokens", "train.batch_tokens", "train.dtype")
 
 

@@ -5,7 +5,8 @@
     an existing run, --resume              its own configuration; what is typed beside it must be free, or an --override
 
 A length in hours becomes a number of tokens once, when the run is new; run.jsonl remembers it, so that the same command
-means the same run although a measured peak is never twice the same.
+means the same run although a measured peak is never twice the same. The weights that a run begins with (`init_from`)
+are remembered there by their hash, which matters until the run has a checkpoint of its own.
 
 `config.yaml` of a run stays as it was at the beginning. Overrides live on in the configuration of the checkpoints that
 are written after them, and in run.jsonl.
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lmcore.config import build, merge
-from lmcore.errors import LmError
-from lmcore.storage import read_json_lines
+from lmcore.errors import Exit, LmError
+from lmcore.storage import read_json, read_json_lines
 from lmcore.training import checkpoint
 from lmcore.training.config import (
     DataConfig,
@@ -54,6 +55,8 @@ class Launch:
     """(key, before, after) of every setting that differs from the last time."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the start event of a new run records besides: where its length and its first weights come from."""
+    weights: Path | None = None
+    """The verified checkpoint whose weights to begin with; None when they are drawn, or when `checkpoint` has them."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -84,13 +87,22 @@ def prepare(
             raise LmError(f"{run_dir}: no run to resume here.", hint="Start one with: lm train")
         if run_dir.exists() and not run_dir.is_dir():
             raise LmError(f"{run_dir}: a file of this name is in the way.", hint="Choose another directory with --out.")
-        raw, origin = merge(preset or {}, typed, overrides), {}
+        origin: dict[str, Any] = {}
+        raw = _preset_for(preset or {}, merge(typed, overrides))
+        first = _first_weights(raw)
+        if first is not None:
+            origin["weights"] = first.record()
+            raw = merge({"model": first.config.model.model_dump(mode="json")}, raw)
+            first.require_tokenizer(_inspected(raw))
         if hours is not None:
             origin["length"], note = _in_tokens(hours, raw)
             raw = _with_tokens(raw, origin["length"]["tokens"])
             notes.append(note)
         config, sets = _complete(raw)
-        return Launch(run_dir, config, config, sets, None, False, (), origin, (*notes, *sets.notes))
+        weights = first.checkpoint if first is not None else None
+        if first is not None:
+            notes.append(f"the weights come from {first.checkpoint} (sha256 {first.sha256[:12]})")
+        return Launch(run_dir, config, config, sets, None, False, (), origin, weights, (*notes, *sets.notes))
 
     original = read_run_config(run_dir / CONFIG)
     found = checkpoint.newest(run_dir, skipped=notes.append)
@@ -98,17 +110,19 @@ def prepare(
     if resume:
         wanted = dict(typed)
     else:
-        raw = merge(preset or {}, typed)
+        raw = _preset_for(preset or {}, typed)
+        began_with = (raw.get("train") or {}).get("init_from")
+        if began_with != original.train.init_from:
+            raise _other_settings(run_dir, [("train.init_from", original.train.init_from, began_with, "identity")])
+        if began_with is not None:
+            raw = merge({"model": original.model.model_dump(mode="json")}, raw)
         if hours is not None:
             raw = _with_tokens(raw, _recorded_tokens(run_dir, hours))
         repeated, _ = _complete(raw)
         changed = [d for d in differences(original, repeated) if d[2] != "auto" and not _same_data(d)]
         refused = [d for d in changed if d[3] != "free"]
         if refused:
-            raise LmError(
-                f"{run_dir} holds a run with other settings:\n{_table(refused)}",
-                hint="Continue that run with --resume, or train this one elsewhere with --out.",
-            )
+            raise _other_settings(run_dir, refused)
         wanted = _nested({key: after for key, _, after, _ in changed})
     after = _apply(current, merge(wanted, overrides))
     named = set(_leaves(overrides))
@@ -128,7 +142,8 @@ def prepare(
         update={"data": after.data.model_copy(update={"train": sets.train or after.data.train, "val": sets.val})}
     )
     changes = tuple((key, before, value) for key, before, value, _ in differences(current, after))
-    return Launch(run_dir, after, original, sets, found, True, changes, {}, (*notes, *sets.notes))
+    weights = _weights_of_the_beginning(run_dir) if found is None and after.train.init_from is not None else None
+    return Launch(run_dir, after, original, sets, found, True, changes, {}, weights, (*notes, *sets.notes))
 
 
 # ---------------------------------------------------------------------------------------- a length in hours
@@ -198,6 +213,85 @@ def _start(run_dir: Path) -> dict[str, Any]:
     return next((event for event in reversed(events) if event.get("event") == "start"), {})
 
 
+# ---------------------------------------------------------------------------------------- weights to begin with
+
+
+@dataclass(frozen=True)
+class _FirstWeights:
+    """What `init_from` means now."""
+
+    given: str
+    checkpoint: Path
+    sha256: str
+    config: RunConfig
+    state: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """What run.jsonl keeps."""
+        return {
+            "init_from": self.given,
+            "checkpoint": str(self.checkpoint),
+            "step": self.state.get("step"),
+            "model_sha256": self.sha256,
+        }
+
+    def require_tokenizer(self, sets: DataSets) -> None:
+        """LmError (65) when ids of the data mean other text than the model learned."""
+        theirs = self.state.get("tokenizer_sha256")
+        if theirs != sets.tokenizer_sha256:
+            raise LmError(
+                f"{self.given} was trained with {_short(theirs)}, the data were made with "
+                f"{_short(sets.tokenizer_sha256)}: the same ids would mean other text.",
+                hint=f"Use its tokenizer: lm tokenize ... --tokenizer {self.checkpoint / checkpoint.TOKENIZER}"
+                if theirs is not None
+                else "Choose a model that has a tokenizer, or data without one.",
+                code=Exit.DATA,
+            )
+
+
+def _preset_for(preset: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Both merged. When weights to begin with are typed, the architecture of the preset is not meant."""
+    if (typed.get("train") or {}).get("init_from") is not None:
+        preset = {key: value for key, value in preset.items() if key != "model"}
+    return merge(preset, typed)
+
+
+def _first_weights(raw: Mapping[str, Any]) -> _FirstWeights | None:
+    given = (raw.get("train") or {}).get("init_from")
+    if given is None:
+        return None
+    path = checkpoint.resolve(str(given))
+    commit = checkpoint.verify(path)
+    state = read_json(path / checkpoint.STATE, follow_links=False)
+    config = read_run_config(path / checkpoint.CONFIG)
+    return _FirstWeights(str(given), path, commit["files"][checkpoint.MODEL]["sha256"], config, state)
+
+
+def _weights_of_the_beginning(run_dir: Path) -> Path:
+    """The checkpoint that a run began with, for one that was ended before it had one of its own."""
+    record = _start(run_dir).get("weights") or {}
+    path = Path(record.get("checkpoint", ""))
+    try:
+        found = checkpoint.verify(path)["files"][checkpoint.MODEL]["sha256"]
+    except LmError as error:
+        raise LmError(
+            f"{run_dir} has no checkpoint yet, and the weights that it begins with cannot be read: {error.message}",
+            hint="Start a new run with --out.",
+            code=Exit.DATA,
+        ) from error
+    if found != record.get("model_sha256"):
+        raise LmError(
+            f"{run_dir} has no checkpoint yet, and {path} does not hold the weights that it began with any more.",
+            hint="Start a new run with --out.",
+            code=Exit.DATA,
+        )
+    return path
+
+
+def _short(identity: object) -> str:
+    return f"the tokenizer {str(identity)[:12]}" if identity else "no tokenizer"
+
+
 # ---------------------------------------------------------------------------------------- settings
 
 
@@ -205,8 +299,12 @@ def _complete(raw: Mapping[str, Any]) -> tuple[RunConfig, DataSets]:
     unknown = {key: value for key, value in raw.items() if key not in RunConfig.model_fields}
     if unknown:
         build(RunConfig, {"model": {}, **unknown})  # raises, and names the nearest setting
-    sets = inspect(build(_DataOnly, {"data": raw.get("data") or {}}).data)
+    sets = _inspected(raw)
     return complete(raw, vocab_size=sets.vocab_size, train=sets.train, val=sets.val), sets
+
+
+def _inspected(raw: Mapping[str, Any]) -> DataSets:
+    return inspect(build(_DataOnly, {"data": raw.get("data") or {}}).data)
 
 
 class _DataOnly(RunConfig.__base__):  # type: ignore[name-defined,misc]
@@ -244,6 +342,13 @@ def _leaves(nested: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in nested.items():
         names.extend(_leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"])
     return names
+
+
+def _other_settings(run_dir: Path, rows: list[tuple[str, Any, Any, Any]]) -> LmError:
+    return LmError(
+        f"{run_dir} holds a run with other settings:\n{_table(rows)}",
+        hint="Continue that run with --resume, or train this one elsewhere with --out.",
+    )
 
 
 def _table(rows: list[tuple[str, Any, Any, Any]]) -> str:

@@ -188,6 +188,8 @@ class _Run:
         self._build()
         if saved is not None:
             self._restore(saved)
+        elif self.launch.weights is not None:
+            checkpoint.load_weights(self.model, self.launch.weights / checkpoint.MODEL)
         self._find_peak()
         if self.world.main:
             self._open_run(saved)

@@ -10,7 +10,7 @@ OPTIONS = {
     "--preset", "--config", "--out", "--resume", "--set", "--override", "--data", "--val", "--stream", "--tokenizer",
     "--steps", "--tokens", "--batch-tokens", "--lr", "--seed", "--device", "--dtype", "--compile", "--no-compile",
     "--max-minutes", "--tensorboard", "--wandb", "--list-presets", "--print-config", "--dry-run", "--verify-resume",
-    "--hours", "--json", "--quiet", "--help",
+    "--hours", "--init-from", "--json", "--quiet", "--help",
 }  # fmt: skip
 
 TINY = """

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
@@ -187,3 +188,102 @@ def test_the_tokens_of_an_hour_lead_to_the_same_dial_again(lab, monkeypatch, pea
     assert tokens == first.config.total_steps * first.config.batch_tokens
     again = prepare(lab.root / "run", preset=raw, typed={"train": {"tokens": tokens}})
     assert again.config == first.config
+
+
+def weights(path):
+    return load_model(path, device="cpu").model.state_dict()
+
+
+def test_a_run_begins_with_the_weights_of_another(lab):
+    lab.run("base")
+    base = weights(lab.root / "base")
+    # The learning rate of step 1 is so small that the weights are still those of the beginning.
+    tiny_steps = ("train.steps=1", "optim.lr=1e-30", "optim.embedding_lr=1e-30", "optim.head_lr=1e-30",
+                  "optim.scalar_lr=1e-30", "optim.weight_decay=0")  # fmt: skip
+    source = lab.root / "base"
+    lab.run("next", f"train.init_from={source}", *tiny_steps)
+    after = weights(lab.root / "next")
+    assert base.keys() == after.keys()
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    lab.run("drawn", *tiny_steps)
+    drawn = weights(lab.root / "drawn")
+    assert not all(torch.equal(base[name], drawn[name]) for name in base)
+    run = rundir.RunDirectory(lab.root / "next")
+    newest_of_base = newest(source)
+    commit = json.loads((newest_of_base / "COMMIT.json").read_text())
+    assert run.config().train.init_from == str(source)
+    assert run.events()[0]["weights"] == {
+        "init_from": str(source),
+        "checkpoint": str(newest_of_base),
+        "step": 12,
+        "model_sha256": commit["files"]["model.safetensors"]["sha256"],
+    }
+    # optimizer, data order and schedule begin anew
+    assert curve(lab.root / "next")[0]["tokens"] == 256
+
+
+def test_the_architecture_comes_with_the_weights_and_what_is_typed_is_added(lab):
+    lab.run("base", "model.num_layers=1", "model.d_ff=48", "train.steps=1")
+    source = lab.root / "base"
+    config = lab.prepare("next", f"train.init_from={source}", "model.dropout=0.2").config.model
+    assert (config.num_layers, config.d_ff, config.dropout) == (1, 48, 0.2)
+    with pytest.raises(LmError, match="has shape") as caught:
+        lab.run("wide", f"train.init_from={source}", "model.d_ff=64")
+    assert caught.value.code == 65
+    assert not (lab.root / "wide" / "config.yaml").exists()
+
+
+def test_begun_with_weights_and_killed_at_any_time_gives_the_same_bits(lab):
+    lab.run("base", "train.steps=3")
+    begin = f"train.init_from={lab.root / 'base'}"
+    lab.run("whole", begin)
+    lab.run("base", override=("train.steps=4",), resume=True)  # the source goes on: its newest checkpoint is another
+    stopped(lab, "run", 2, f"train.init_from={lab.root / 'base' / 'checkpoints' / 'step-00000003'}")
+    stopped(lab, "run", 6, f"train.init_from={lab.root / 'base' / 'checkpoints' / 'step-00000003'}")
+    lab.run("run", resume=True)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+    with pytest.raises(LmError, match=r"train\.init_from"):
+        lab.run("whole", f"train.init_from={lab.root / 'run'}")
+    # the same command means the same run, although the source would now mean other weights
+    assert lab.run("whole", begin).reason == "nothing to do"
+
+
+def test_killed_before_its_first_checkpoint_it_needs_the_same_weights_again(lab):
+    lab.run("base", "train.steps=3")
+    source = lab.root / "base" / "checkpoints" / "step-00000003"
+    stopped(lab, "run", 2, f"train.init_from={source}")
+    shutil.rmtree(source)
+    with pytest.raises(LmError, match="the weights that it begins with") as caught:
+        lab.run("run", resume=True)
+    assert caught.value.code == 65
+
+
+def test_weights_of_another_tokenizer_are_refused(lab, make_set):
+    from lmcore.data.tokenizer import Tokenizer
+    from tests.tiny_sets import write_manifest
+
+    lab.run("base", "train.steps=1")
+    other = make_set("other")
+    manifest = other.manifest
+    tokenizer = Tokenizer.train(["a few words to train on"] * 5, 300)
+    tokenizer.save(other.path / "tokenizer.json")
+    manifest["tokenizer"] = tokenizer.entry().model_dump(mode="json")
+    write_manifest(other.path, manifest)
+    with pytest.raises(LmError, match="the same ids would mean other text") as caught:
+        lab.run("next", f"train.init_from={lab.root / 'base'}", f"data.train={other.path}", "data.val=[]")
+    assert caught.value.code == 65
+    assert "tokenizer.json" in caught.value.hint
+    assert not (lab.root / "next").exists()
+
+
+def test_an_imported_model_can_be_trained_further(lab, tmp_path):
+    from lmcore.inference.export import export_model
+    from lmcore.inference.import_model import import_model
+
+    lab.run("base", "train.steps=2")
+    export_model(lab.root / "base", tmp_path / "exported")
+    import_model(tmp_path / "exported", tmp_path / "imported")
+    result = lab.run("next", f"train.init_from={tmp_path / 'imported'}", "train.steps=2")
+    assert result.reason == "finished"
+    lab.run("direct", f"train.init_from={lab.root / 'base'}", "train.steps=2")
+    assert curve(lab.root / "next")[0]["loss"] == pytest.approx(curve(lab.root / "direct")[0]["loss"], rel=1e-6)
