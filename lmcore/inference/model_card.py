@@ -49,9 +49,9 @@ def model_card(
         "```python\nfrom transformers import pipeline\n\n"
         'write = pipeline("text-generation", model=".")\n'
         'print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])\n```\n',
-        "Score it on benchmarks with the Language Model Evaluation Harness:\n",
-        "```sh\nlm_eval --model hf --model_args pretrained=.,dtype=float32 --tasks hellaswag,arc_easy --batch_size 8\n"
-        "```\n",
+        "Score it on benchmarks with the Language Model Evaluation Harness (run in this directory):\n",
+        '```sh\npip install "lm_eval[hf]"\n'
+        "lm_eval --model hf --model_args pretrained=.,dtype=float32 --tasks hellaswag,arc_easy --batch_size 8\n```\n",
         "## Configuration\n",
         "<details><summary>Resolved configuration of the training run</summary>\n",
         f"```yaml\n{loaded.config.to_yaml().rstrip()}\n```\n",
