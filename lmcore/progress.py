@@ -1,7 +1,7 @@
 """How the library speaks while it works: it never prints, it tells a `Progress`.
 
-A command passes one in (tools/ui.py draws a bar on a terminal and plain lines elsewhere); a program that uses the library
-passes none and hears nothing, or collects the notes itself.
+A command passes one in (tools/ui.py draws a bar on a terminal and plain lines elsewhere); a program that uses the
+library passes none and hears nothing, or collects the notes itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The wheel holds what the tree holds, the metadata lists every package, and `tools` never leaks as a top-level name."""
+"""The wheel holds what the tree holds, the metadata lists every package, `tools` never leaks as a top-level name."""
 
 import subprocess
 import sys
