@@ -33,6 +33,7 @@ import numpy.typing as npt
 from lmcore import storage
 from lmcore.data.documents import Documents, filter_lengths
 from lmcore.data.encoder import Backend, Encoded, EncodingStage, open_encoder
+from lmcore.data.heap import keep_freed_memory
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, make_manifest, read_manifest, write_manifest
 from lmcore.data.pipeline import map_in_order
 from lmcore.data.plan import (
@@ -127,6 +128,7 @@ def tokenize(
     source. Raises LmError, and `Interrupted` after a signal.
     """
     began = time.monotonic()
+    keep_freed_memory()
     out = Path(out)
     workers = workers or available_cores()
     finished = _finished(out, config, began)
