@@ -54,6 +54,8 @@ class Losses:
     terms: dict[str, Term]
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached values worth a log line, such as expert utilisation."""
+    rows: Tensor | None = None
+    """(B,) fp32 sums of the main loss per row, detached; only when `LanguageModel.keep_row_losses` is set."""
 
     @property
     def main(self) -> Term:
@@ -102,16 +104,36 @@ def head_cross_entropy(
     hidden: (..., D) in the compute dtype; weight: (V', D) with V' >= vocab_size; targets: (...) ids or IGNORE.
     chunk: tokens per chunk; 0 = all logits at once; None = chosen by size.
     """
+    total, count, _ = _head(hidden, weight, targets, vocab_size, chunk, False)
+    return total, count
+
+
+def head_cross_entropy_each(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same and, third, the loss of each target (in its shape, detached, 0 where it is not counted)."""
+    total, count, each = _head(hidden, weight, targets, vocab_size, chunk, True)
+    assert each is not None
+    return total, count, each.detach().reshape(targets.shape)
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None, each: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     tokens, rows = hidden.shape[0], weight.shape[0]
     if chunk is None:
         chunk = _chunk_for(tokens, rows, hidden.device.type)
     if chunk:
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        return _ChunkedHead.apply(hidden, weight, targets, vocab_size, chunk, gradients)  # type: ignore[no-any-return, no-untyped-call]
+        return _ChunkedHead.apply(hidden, weight, targets, vocab_size, chunk, gradients, each)  # type: ignore[no-any-return, no-untyped-call]
     logits = F.linear(hidden, weight.to(hidden.dtype))[:, :vocab_size]
-    losses = F.cross_entropy(logits.to(wide(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
-    return losses, (targets != IGNORE).sum()
+    logits = logits.to(wide(logits.dtype))
+    count = (targets != IGNORE).sum()
+    if not each:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"), count, None
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    return losses.sum(), count, losses
 
 
 def _chunk_for(tokens: int, rows: int, device: str) -> int:
@@ -124,13 +146,21 @@ def _chunk_for(tokens: int, rows: int, device: str) -> int:
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk: int,
+        gradients: bool,
+        each: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         acc = wide(x.dtype)
         wc = w.to(x.dtype)
         total = torch.zeros((), dtype=acc, device=x.device)
         gx = torch.empty_like(x) if gradients else None
         gw = torch.zeros(w.shape, dtype=acc, device=w.device) if gradients else None
+        single: list[Tensor] = []
         for xc, tc, gxc in zip(
             x.split(chunk), targets.split(chunk), gx.split(chunk) if gx is not None else [None] * len(x), strict=False
         ):
@@ -139,7 +169,10 @@ class _ChunkedHead(torch.autograd.Function):
             valid = tc != IGNORE
             y = tc.where(valid, 0)[:, None]
             lse = z.logsumexp(-1, keepdim=True)
-            total += ((lse - z.gather(1, y))[:, 0] * valid).sum()
+            losses = (lse - z.gather(1, y))[:, 0] * valid
+            total += losses.sum()
+            if each:
+                single.append(losses)
             if gxc is not None and gw is not None:
                 g = z.sub_(lse).exp_()
                 g.scatter_add_(1, y, g.new_full((), -1.0).expand_as(y))
@@ -148,8 +181,12 @@ class _ChunkedHead(torch.autograd.Function):
                 gw += g.mT @ xc
         ctx.save_for_backward(gx, None if gw is None else gw.to(w.dtype))
         count = (targets != IGNORE).sum()
-        ctx.mark_non_differentiable(count)
-        return total, count
+        if not each:
+            ctx.mark_non_differentiable(count)
+            return total, count, None
+        losses = torch.cat(single)
+        ctx.mark_non_differentiable(count, losses)
+        return total, count, losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,6 +195,7 @@ class _ChunkedHead(torch.autograd.Function):
         return (
             gx * scale.to(gx.dtype) if ctx.needs_input_grad[0] else None,
             gw * scale.to(gw.dtype) if ctx.needs_input_grad[1] else None,
+            None,
             None,
             None,
             None,

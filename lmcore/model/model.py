@@ -30,7 +30,7 @@ from lmcore.model.block import Aux, Block
 from lmcore.model.config import ModelConfig
 from lmcore.model.depth import DepthRouted, DepthStats, Mode
 from lmcore.model.layers import Embedding, Linear, RMSNorm, wide
-from lmcore.model.loss import Losses, Term, head_cross_entropy
+from lmcore.model.loss import Losses, Term, head_cross_entropy, head_cross_entropy_each
 from lmcore.model.moe import load_metrics
 from lmcore.model.mtp import ParallelHead, SequentialHead
 from lmcore.model.parameters import Owner, ParameterInfo, Role, parameter_table, refuse_meta
@@ -49,6 +49,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_every = 0
+        self.keep_row_losses = False
+        """Whether `loss` also reports the loss of each row (Losses.rows)."""
         tied = config.tie_embeddings
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab, config.d_model, role=Role.TIED if tied else Role.EMBEDDING
@@ -230,9 +232,16 @@ class LanguageModel(nn.Module):
             raise LmError(f"Sequences of {inputs.shape[1]} tokens are too short for {len(self.mtp)} heads ahead.")
         positions = self._positions(inputs, None, None)
         hidden, reports = self._run(inputs, positions, None)
-        terms = {"main": Term(*self._head_loss(hidden, targets))}
+        rows = None
+        if self.keep_row_losses:
+            total, count, each = head_cross_entropy_each(
+                self.norm(hidden), self.head_weight, targets, self.config.vocab_size
+            )
+            terms, rows = {"main": Term(total, count)}, each.sum(1).float()
+        else:
+            terms = {"main": Term(*self._head_loss(hidden, targets))}
         if not self.training:
-            return Losses(terms)
+            return Losses(terms, rows=rows)
         for k, head in enumerate(self.mtp, 1):
             if self.config.mtp.kind == "sequential":
                 hidden = hidden[:, :-1]
@@ -245,7 +254,7 @@ class LanguageModel(nn.Module):
             terms[f"mtp_{k}"] = Term(*self._head_loss(ahead, targets[:, k:]), self.config.mtp.weight / len(self.mtp))
             reports.append((head, aux))
         metrics = self._router_terms(reports, terms)
-        return Losses(terms, metrics)
+        return Losses(terms, metrics, rows)
 
     def term_counts(self, batch_size: int, length: int) -> dict[str, int]:
         """The count of each term of `loss` for a (batch_size, length) training micro-batch without masked targets.

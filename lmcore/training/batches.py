@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmcore.data.sampler import Mixture
 from lmcore.errors import Exit, LmError
 
 
@@ -57,6 +58,8 @@ class MicroBatch:
     first_sample: int
     inputs: Tensor
     targets: Tensor
+    membership: Tensor | None = None
+    """(sources, micro) fp32 on the host: 1 where a row comes from a source of a mixture; None with one source."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     read_s: float
     """How long reading and checking took, on the thread."""
+    source_rows: tuple[int, ...] = ()
+    """Rows of the whole step, over all ranks, from each source of a mixture."""
     source_state: dict[str, Any] | None = None
     """Where a text source can start reading again to reach this step; a shortcut that decides nothing."""
 
@@ -94,6 +99,7 @@ class Loader:
         share = shape.lanes // world_size
         self._lanes = range(rank * share, (rank + 1) * share)
         self._pin = pin
+        self._mixture = samples if isinstance(samples, Mixture) else None
         self._queue: queue.Queue[StepBatch | BaseException | None] = queue.Queue(prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(step, sample, steps), name="loader", daemon=True)
@@ -142,6 +148,8 @@ class Loader:
     def _read(self, step: int, sample: int) -> StepBatch:
         began = time.monotonic()
         shape, batches = self._shape, []
+        origin = self._mixture.locate(sample, shape.rows)[0] if self._mixture is not None else None  # (rows,)
+        numbers = np.arange(len(self._mixture.samplers)) if self._mixture is not None else None
         for lane in self._lanes:
             for part in range(shape.micro_per_lane):
                 first = sample + (lane * shape.micro_per_lane + part) * shape.micro
@@ -159,6 +167,12 @@ class Loader:
                 targets = torch.from_numpy(np.ascontiguousarray(wide[:, 1:]))
                 if self._pin:
                     inputs, targets = inputs.pin_memory(), targets.pin_memory()
-                batches.append(MicroBatch(lane, part == shape.micro_per_lane - 1, first, inputs, targets))
+                membership = None
+                if origin is not None and numbers is not None:
+                    own = origin[first - sample : first - sample + shape.micro]
+                    membership = torch.from_numpy((own[None] == numbers[:, None]).astype(np.float32))
+                batches.append(MicroBatch(lane, part == shape.micro_per_lane - 1, first, inputs, targets, membership))
+        rows = () if origin is None or numbers is None else tuple(np.bincount(origin, minlength=len(numbers)).tolist())
         state = getattr(self._samples, "state", None)
-        return StepBatch(step, sample, tuple(batches), time.monotonic() - began, state() if state is not None else None)
+        read_s = time.monotonic() - began
+        return StepBatch(step, sample, tuple(batches), read_s, rows, state() if state is not None else None)

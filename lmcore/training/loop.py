@@ -246,6 +246,7 @@ class _Run:
             seed=train.seed,
             exact=train.reduce == "exact",
             scale=self.scale,
+            sources=len(self.data.samples.samplers) if isinstance(self.data.samples, Mixture) else 0,
         )
 
     def _find_peak(self) -> None:
@@ -477,10 +478,11 @@ class _Run:
         self._recent = [*self._recent[-19:], (numbers.loss, tokens_per_s)]
         if not self.world.main:
             return
+        length = self.config.model.context_length
         record: dict[str, Any] = {
             "step": self.step,
             "kind": "train",
-            "tokens": self.sample * self.config.model.context_length,
+            "tokens": self.sample * length,
             "epoch": self._epoch(),
             "loss": numbers.loss,
             "grad_norm": numbers.grad_norm,
@@ -494,6 +496,11 @@ class _Run:
             record["metrics"] = metrics
         if isinstance(self.data.samples, Mixture):
             record["shares"] = {share.name: share.realised for share in self.data.samples.shares(self.sample)}
+            record["sources"] = {
+                name: {"loss": total / (rows * length), "tokens": rows * length}
+                for name, total, rows in zip(self.data.samples.names, numbers.sources, batch.source_rows, strict=True)
+                if rows  # a small step may hold no row of a rare source
+            }
         if self.scale.enabled:
             record["loss_scale"] = self.scale.scale
         if skipped:

@@ -43,6 +43,8 @@ class StepNumbers:
     metrics: dict[str, float | list[float]]
     stop: bool
     """Whether some rank was told to stop."""
+    sources: tuple[float, ...] = ()
+    """Sum of the cross-entropy over the rows of each source of a mixture."""
 
     @property
     def finite(self) -> bool:
@@ -70,13 +72,17 @@ class Stepper:
         seed: int,
         exact: bool,
         scale: LossScale,
+        sources: int = 0,
     ) -> None:
+        """sources: how many sources the rows come from, when their losses are to be told apart; 0 for one."""
         self.model, self.optimizer, self.world, self.shape, self.scale = model, optimizer, world, shape, scale
         self._seed = seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._lanes = LaneSum(self._parameters, world, exact=exact)
         per_micro = model.term_counts(shape.micro, model.config.context_length)
         self._names = list(per_micro)
+        self._sources = sources
+        model.keep_row_losses = sources > 0
         self._counts = {name: count * shape.micro_batches for name, count in per_micro.items()}
         self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._wide = torch.float32 if world.device.type == "mps" else torch.float64
@@ -91,9 +97,11 @@ class Stepper:
         return dict(self._counts)
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(objective, sums of the terms, metrics) of a micro-batch; this is what gets compiled."""
+        """(objective, sums of the terms and of the rows of a mixture, metrics) of a micro-batch; this gets compiled."""
         losses = self.model.loss(inputs, targets)
         sums = torch.stack([losses.terms[name].sum.detach().float() for name in self._names])
+        if losses.rows is not None:
+            sums = torch.cat([sums, losses.rows])
         return losses.objective(self._counts), sums, losses.metrics
 
     def warm_up(self, batch: StepBatch) -> None:
@@ -116,7 +124,8 @@ class Stepper:
         began = time.perf_counter()
         self._lanes.begin()
         device = self.world.device
-        sums = torch.zeros(len(self._names) + 1, dtype=self._wide, device=device)
+        terms = len(self._names)
+        sums = torch.zeros(terms + self._sources + 1, dtype=self._wide, device=device)
         sums[-1] = float(stop)  # rides along with the first lane
         metrics: dict[str, Tensor] = {}
         fresh = True
@@ -127,9 +136,13 @@ class Stepper:
                 if self._random:
                     torch.manual_seed(lane_seed(self._seed, batch.step, micro.lane))
             fresh = micro.last
-            objective, terms, found = self.forward(*_moved(micro, device))
+            objective, measured, found = self.forward(*_moved(micro, device))
             (objective * self.scale.scale if self.scale.enabled else objective).backward()
-            sums[:-1] += terms
+            sums[:terms] += measured[:terms]
+            if micro.membership is not None and self._sources:
+                # A product with zeros and ones: its order of summation is fixed, unlike that of a scatter on a GPU.
+                membership = micro.membership.to(device, non_blocking=True).to(self._wide)
+                sums[terms:-1] += (membership * measured[terms:].to(self._wide)).sum(1)
             for name, value in found.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
             if micro.last:
@@ -162,7 +175,8 @@ class Stepper:
         names = list(metrics)
         flat = [(metrics[name].to(self._wide) / share).reshape(-1) for name in names]
         packed = torch.cat([total, stacked, *flat]).tolist()  # the one synchronisation of the step
-        sums, rest = packed[: len(self._names)], packed[len(self._names) + 1 :]
+        terms, told = len(self._names), len(self._names) + self._sources
+        sums, sources, rest = packed[:terms], packed[terms:told], packed[told + 1 :]
         means = {name: value / self._counts[name] for name, value in zip(self._names, sums, strict=True)}
         group_norms = dict(zip(norms, rest, strict=False))
         rest = rest[len(norms) :]
@@ -177,7 +191,8 @@ class Stepper:
             grad_norm=math.sqrt(sum(norm * norm for norm in group_norms.values())),
             group_norms=group_norms,
             metrics=values,
-            stop=packed[len(self._names)] > 0,
+            stop=packed[told] > 0,
+            sources=tuple(sources),
         )
 
     def _lane_range(self) -> range:

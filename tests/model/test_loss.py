@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmcore.model.loss import IGNORE, Losses, Term, cross_entropy, head_cross_entropy
+from lmcore.model.loss import IGNORE, Losses, Term, cross_entropy, head_cross_entropy, head_cross_entropy_each
 
 
 def problem(dtype=torch.float64, tokens=37, width=12, rows=128, vocab=101):
@@ -94,3 +94,29 @@ def test_objective_divides_by_global_counts():
     assert losses.objective() == 6 / 3 + 0.5 * 8 / 2
     assert losses.objective({"main": 6, "extra": 8}) == 1 + 0.5
     assert set(losses.aux) == {"extra"}
+
+
+@pytest.mark.parametrize("chunk", [0, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_each_token_beside_the_sum(chunk, dtype):
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(4, 5, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(40, 16, generator=generator).requires_grad_()
+    targets = torch.randint(33, (4, 5), generator=generator)
+    targets[1, 2] = IGNORE
+    total, count, each = head_cross_entropy_each(hidden, weight, targets, 33, chunk=chunk)
+    assert each.shape == (4, 5)
+    assert not each.requires_grad
+    logits = (hidden.float() @ weight.to(dtype).float().T)[..., :33]
+    truth = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(each, truth.detach(), rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+    assert each[1, 2] == 0
+    torch.testing.assert_close(each.sum(), total.detach().float(), rtol=1e-6, atol=0)
+    total.backward()
+    gradients = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    plain, same = head_cross_entropy(hidden, weight, targets, 33, chunk=chunk)
+    plain.backward()
+    assert torch.equal(count, same)
+    assert torch.equal(hidden.grad, gradients[0])
+    assert torch.equal(weight.grad, gradients[1])

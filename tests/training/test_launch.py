@@ -8,6 +8,7 @@ import torch
 from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
+from lmcore.model.model import LanguageModel
 from lmcore.training import rundir
 from lmcore.training.checkpoint import load_model, newest
 
@@ -147,6 +148,42 @@ def test_a_mixture_logs_realised_shares_and_validates_each_source(lab, make_set)
     assert set(result.validation["sources"]) == {"data", "other"}
     state = json.loads((newest(lab.root / "run") / "state.json").read_text())
     assert [s["weight"] for s in state["sources"]] == [0.75, 0.25]
+
+
+@pytest.mark.parametrize("settings", [(), ("train.micro_batch=1", "model.moe.num_experts=2", "model.ffn=e")])
+def test_the_training_loss_of_each_source_is_that_of_its_rows(lab, make_set, settings):
+    from lmcore.data.sampler import Mixture
+    from lmcore.data.stream import TokenStream
+
+    other = make_set("other", documents=[bytes([65 + n % 26]) * 200 for n in range(40)])
+    mixture = f"data.train={{{lab.data}: 0.6, {other.path}: 0.4}}"
+    more = ("data.val=[]", "train.steps=3", *settings)
+    launch = lab.prepare("whole", mixture, *more)
+    lab.run("whole", mixture, *more)
+    line = curve(lab.root / "whole")[0]
+
+    config = launch.config
+    model = LanguageModel(config.model)
+    model.init_weights(config.train.seed)
+    streams = [(TokenStream.open(source.path), source.weight) for source in config.data.train]
+    samples = Mixture(streams, context_length=32, seed=config.train.seed)
+    tokens = torch.from_numpy(samples.batch(0, 8).astype("int64"))
+    origin = samples.locate(0, 8)[0]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1])
+    losses = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").mean(1)
+    assert set(origin) == {0, 1}
+    for number, source in enumerate(config.data.train):
+        rows = origin == number
+        found = line["sources"][source.path]
+        assert found["tokens"] == rows.sum() * 32
+        assert found["loss"] == pytest.approx(losses[torch.from_numpy(rows)].mean().item(), rel=1e-5)
+    together = sum(s["loss"] * s["tokens"] for s in line["sources"].values()) / (8 * 32)
+    assert together == pytest.approx(line["loss"], rel=1e-6)
+    # and a killed run logs the same numbers
+    stopped(lab, "run", 2, mixture, *more, "train.checkpoint.every_steps=1")
+    lab.run("run", mixture, *more, "train.checkpoint.every_steps=1")
+    assert curve(lab.root / "run") == curve(lab.root / "whole")
 
 
 def test_sets_of_different_tokenizers_are_refused(lab, make_set):
