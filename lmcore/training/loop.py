@@ -43,7 +43,7 @@ from lmcore.training.parallel import World
 from lmcore.training.step import StepNumbers, Stepper
 from lmcore.training.tensors import read_tensors
 from lmcore.training.tracking import Trackers
-from lmcore.training.validation import validate
+from lmcore.training.validation import attention_sinks, validate
 from lmcore.training.writer import CheckpointWriter
 
 Reason = Literal["finished", "nothing to do", "signal", "time"]
@@ -466,6 +466,10 @@ class _Run:
         self.validation = {key: record[key] for key in ("loss", "bits_per_byte", "sources") if key in record}
         self.validated_at = self.step
         if self.world.main:
+            with torch.compiler.set_stance("force_eager"):
+                sinks = attention_sinks(self.model, next(iter(self.data.val.values())))
+            if sinks:
+                record["metrics"] = {"attention/sink": sinks}
             record = _finite(record) | {"seconds": time.perf_counter() - began}
             self.run.log(record)
             self.trackers.log(record)

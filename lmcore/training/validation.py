@@ -79,3 +79,24 @@ def validate(
     if not count:
         return None
     return Validation(nats / count, nats / math.log(2) / size if size else None, int(count))
+
+
+SINK_TOKENS = 512
+"""Tokens of the window that attention is looked at on."""
+
+
+def attention_sinks(model: LanguageModel, stream: TokenStream) -> list[float]:
+    """Share of attention that goes to the first position, per attention layer, on the first window of the stream.
+
+    Near 1: the heads of a layer look at nothing in particular. Empty without attention. No state is touched.
+    """
+    length = min(model.config.context_length, len(stream) - 1, SINK_TOKENS)
+    if length < 2:
+        return []
+    tokens = torch.from_numpy(stream.windows(np.zeros(1, dtype=np.int64), length).astype(np.int64))
+    training = model.training
+    model.eval()
+    try:
+        return [float(x) for x in model.attention_sinks(tokens.to(model.head_weight.device)).tolist()]
+    finally:
+        model.train(training)

@@ -324,3 +324,19 @@ def test_an_imported_model_can_be_trained_further(lab, tmp_path):
     assert result.reason == "finished"
     lab.run("direct", f"train.init_from={lab.root / 'base'}", "train.steps=2")
     assert curve(lab.root / "next")[0]["loss"] == pytest.approx(curve(lab.root / "direct")[0]["loss"], rel=1e-6)
+
+
+def test_validation_logs_how_much_attention_the_first_position_gets(lab):
+    from lmcore.data.stream import TokenStream
+
+    lab.run("run", "train.steps=2")
+    line = curve(lab.root / "run")[-1]
+    assert line["kind"] == "val"
+    model = load_model(lab.root / "run", device="cpu").model
+    stream = TokenStream.open(lab.data / "val")
+    tokens = torch.from_numpy(stream.windows(torch.zeros(1).long().numpy(), 32).astype("int64"))
+    expected = model.attention_sinks(tokens).tolist()
+    assert len(expected) == 2
+    assert line["metrics"]["attention/sink"] == pytest.approx(expected, rel=1e-5)
+    lab.run("other", "train.steps=2", "train.eval.every_steps=1")  # looking changes nothing
+    assert hashes(lab.root / "other") == hashes(lab.root / "run")
