@@ -176,7 +176,7 @@ class _Run:
 
     def go(self) -> RunResult:
         saved = self._saved_state()
-        if saved is not None and saved["step"] >= self.total:
+        if saved is not None and saved["step"] >= self.total and not self._unvalidated(saved):
             self.step = saved["step"]
             self.validation = saved.get("validation") or {}
             return self._result("nothing to do", self.launch.checkpoint)
@@ -211,6 +211,10 @@ class _Run:
             self.trackers.close()
             if isinstance(self.data.samples, TextStream):
                 self.data.samples.close()
+
+    def _unvalidated(self, saved: dict[str, Any]) -> bool:
+        """Whether the run was interrupted between its last step and the end of its last validation."""
+        return bool(self.launch.sets.val) and saved.get("validated_at", saved["step"]) < saved["step"]
 
     def _open_data(self) -> RunData:
         """The main rank first: a text source is frozen by whoever opens it first."""
@@ -299,7 +303,7 @@ class _Run:
             cleanup.callback(_thaw_garbage)
             loader = cleanup.enter_context(self._loader())
             batches = iter(loader)
-            if not reason and train.compile:
+            if not reason and train.compile and self.step < self.total:
                 first = next(batches)
                 self._compile(first)
                 batches = _chained(first, batches)
@@ -317,7 +321,9 @@ class _Run:
                 reason = self._after_step(outcome == "stop")
         if not reason:
             self._validate()
-        failure = self._save(wait=True)
+            if self.data.val and self.validated_at < self.step:
+                reason = self.stop.reason() or "signal"
+        failure = self._save(wait=True, replace=self._first == self.total)  # only its validation was missing
         if failure is not None:
             raise LmError(
                 f"the last checkpoint could not be saved: {failure.message}", hint=failure.hint, code=failure.code
@@ -550,6 +556,7 @@ class _Run:
                 "loss_scale": self.scale.state(),
                 "rollbacks": self.rollbacks,
                 "validation": _finite(self.validation),
+                "validated_at": self.validated_at,
                 "fingerprint": self._fingerprint(),
                 "world_size": self.world.size,
                 "source_state": self._source_state,

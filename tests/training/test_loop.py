@@ -89,6 +89,29 @@ def test_a_signal_in_a_validation_ends_it_and_saves(lab, number, monkeypatch):
     assert hashes(lab.root / "run") == hashes(lab.root / "whole")
 
 
+def test_a_signal_in_the_last_validation_leaves_it_to_the_next_command(lab, monkeypatch):
+    from lmcore.training import loop
+
+    original = loop.validate
+
+    def during(*args, **keywords):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*args, **keywords)
+
+    settings = ("train.steps=4", "train.eval.every_steps=0")
+    whole = lab.run("whole", *settings)
+    monkeypatch.setattr(loop, "validate", during)
+    cut = lab.run("run", *settings)
+    assert (cut.reason, cut.step, cut.validation) == ("signal", 4, {})
+    monkeypatch.undo()
+    result = lab.run("run", *settings)
+    assert (result.reason, result.step, result.validation) == ("finished", 4, whole.validation)
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+    assert curve(lab.root / "run") == curve(lab.root / "whole")
+    again = lab.run("run", *settings)
+    assert (again.reason, again.validation) == ("nothing to do", whole.validation)
+
+
 def test_handlers_are_put_back(lab):
     before = signal.getsignal(signal.SIGINT)
     lab.run("run", "train.steps=1")
