@@ -754,14 +754,32 @@ def _out_of_memory(config: RunConfig) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             if "out of memory" not in text and "can't allocate memory" not in text:
                 raise
-        micro = config.train.micro_batch
+        micro, planned = _planned_memory(config)
         raise LmError(
             f"out of memory at a micro-batch of {micro} x {config.model.context_length:,} tokens "
-            f"({text.splitlines()[0]}).",
+            f"({text.splitlines()[0] if text else type(error).__name__}).{planned}",
             hint="In this order: a smaller --set train.micro_batch=N (the result stays the same), "
             "--set train.activation_checkpointing=full, a shorter model.context_length, a smaller model. "
             "See what fits with: lm train --dry-run",
         ) from error
+
+
+def _planned_memory(config: RunConfig) -> tuple[int | str, str]:
+    """The micro-batch and a sentence on what the planner makes of it; empty when it cannot tell."""
+    from lmcore.training.plan import find_target, meta_optimizer, plan_memory
+
+    try:
+        target = find_target(config.train.device, config.train.dtype)
+        memory = plan_memory(config, target, meta_optimizer(config)[0])
+    except Exception:  # memory is exhausted: advice must not fail a second time
+        return config.train.micro_batch, ""
+    if target.memory is None or memory.largest_micro_batch is None:
+        return memory.micro_batch, ""
+    room = f"of the {storage.format_bytes(target.memory)} of {target.name}"
+    return memory.micro_batch, (
+        f" The plan says {storage.format_bytes(memory.total)} {room}; the largest micro-batch that fits an otherwise "
+        f"idle machine is {memory.largest_micro_batch:,}."
+    )
 
 
 __all__ = ["RunResult", "differences", "resolve", "train"]

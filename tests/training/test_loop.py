@@ -1,5 +1,6 @@
 """One step, seen from outside: the loss is that of the global batch however divided; limits, trackers, compile."""
 
+import re
 import signal
 import threading
 
@@ -182,3 +183,13 @@ def test_compiled_runs_resume_to_the_same_bits(lab, dtype):
         [line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("eager", "whole")
     )
     assert compiled[0] == pytest.approx(eager[0], rel=0.05)
+
+
+def test_out_of_memory_is_answered_with_what_the_planner_says(lab):
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(LmError, match=r"micro-batch of \d+ x 32 tokens \(CUDA out of memory") as caught:
+        lab.run("run", watch=Watch({2: exhausted}))
+    assert re.search(r"The plan says [\d.,]+ .iB of the [\d.,]+ GiB", caught.value.message)
+    assert "train.micro_batch=N" in caught.value.hint
