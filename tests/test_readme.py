@@ -94,6 +94,16 @@ def test_the_own_data_chapter_runs_as_printed(tmp_path):
     assert ran >= 6
 
 
+def test_the_tour_runs(tmp_path):
+    """docs/tour.sh, word for word: fourteen commands from text to an exported model and back."""
+    env = environment(tmp_path) | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", ROOT / "docs" / "tour.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    assert "nothing left to do" in done.stdout + done.stderr or "nothing to do" in done.stdout + done.stderr
+    assert "transformers computes the same logits" in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_two_commands_from_a_fresh_clone(tmp_path):
