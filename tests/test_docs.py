@@ -1,5 +1,6 @@
 """The documentation keeps up with the code: the command page is current, links resolve, nothing names this machine."""
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -69,3 +70,25 @@ def test_the_troubleshooting_page_quotes_real_messages():
         for quoted in re.findall(r"`([^`]+)`", heading):
             for piece in quoted.split("..."):
                 assert piece.strip() in source, f"no message says: {quoted}"
+
+
+def test_commands_named_in_messages_exist():
+    """A hint such as "lm validate --deep" in the source names a command and options that there are."""
+    import typer
+
+    from lmcore.tools.cli import app
+
+    group = typer.main.get_command(app)
+    for path in [p for folder in ("lmcore", "tools") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(v.value) if isinstance(v, ast.Constant) else "X" for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            else:
+                continue
+            for name, rest in re.findall(r"\blm ([a-z][a-z-]+)((?:(?!\blm )[^\n;`')])*)", text):
+                assert name in group.commands, f"{path.name}:{node.lineno}: lm {name}"
+                known = {o for p in group.commands[name].params for o in [*p.opts, *p.secondary_opts]} | {"--help"}
+                for option in re.findall(r"(?<=\s)(--[a-z][a-z-]*)", rest):
+                    assert option in known, f"{path.name}:{node.lineno}: lm {name} {option}"

@@ -16,10 +16,10 @@ from lmcore.data.encoder import Backend
 from lmcore.data.manifest import PLAN, Manifest, ShardEntry, read_manifest
 from lmcore.data.plan import Plan, read_plan
 from lmcore.data.readers import Place, read
-from lmcore.data.shard import shard_name, token_dtype
-from lmcore.data.tokenization import Selector, available_cores, encode_all, plan_tokenizer
+from lmcore.data.shard import shard_name
+from lmcore.data.tokenization import Selector, available_cores, encode_all, open_writer, plan_tokenizer
 from lmcore.data.tokenizer import Tokenizer
-from lmcore.data.writer import Committed, SetWriter, read_journal
+from lmcore.data.writer import Committed, read_journal
 from lmcore.errors import Exit, LmError
 from lmcore.progress import SILENT, Progress
 
@@ -75,15 +75,7 @@ def _make(
     progress: Progress,
 ) -> ShardEntry:
     request = plan.request
-    writer = SetWriter(
-        directory,
-        dtype=token_dtype(tokenizer.max_id),
-        seq_len=request.seq_len,
-        rows=request.rows_per_shard,
-        eos_id=tokenizer.eos_id,
-        committed=journal[:number],
-        only=frozenset([number]),
-    )
+    writer = open_writer(request, tokenizer, directory, journal[:number], only=frozenset([number]))
     selector = Selector(request, directory, writer)
     start = writer.place if number else Place(plan.first_unit)
     raw = read(

@@ -364,14 +364,7 @@ def _run(
 ) -> tuple[EncodingStage, SetWriter, int]:
     """Tokenize what is not committed yet; returns the encoder, the writer and the bytes of text that were encoded."""
     request = plan.request
-    writer = SetWriter(
-        out,
-        dtype=token_dtype(tokenizer.max_id),
-        seq_len=request.seq_len,
-        rows=request.rows_per_shard,
-        eos_id=tokenizer.eos_id,
-        committed=committed,
-    )
+    writer = open_writer(request, tokenizer, out, committed)
     start = writer.place if committed else Place(plan.first_unit)
     selector = Selector(request, out, writer)
     end = Place(plan.stop_unit)
@@ -409,6 +402,26 @@ def _run(
         (out / TOKENIZER).unlink()
         raise LmError(f"No text to tokenize: every record was dropped or empty ({told}).", code=Exit.DATA)
     return stage, writer, bytes_read
+
+
+def open_writer(
+    request: TokenizeConfig,
+    tokenizer: Tokenizer,
+    directory: Path,
+    committed: list[Committed],
+    *,
+    only: frozenset[int] | None = None,
+) -> SetWriter:
+    """The writer of a set as its options and its tokenizer determine it, standing after the committed shards."""
+    return SetWriter(
+        directory,
+        dtype=token_dtype(tokenizer.max_id),
+        seq_len=request.seq_len,
+        rows=request.rows_per_shard,
+        eos_id=tokenizer.eos_id,
+        committed=committed,
+        only=only,
+    )
 
 
 def _known_bytes(plan: Plan) -> float | None:

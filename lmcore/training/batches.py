@@ -159,7 +159,7 @@ class Loader:
                     raise LmError(
                         f"sample {first:,} of the training data holds the token id {largest:,}; the vocabulary of the "
                         f"model ends at {self._vocab_size - 1:,}.",
-                        hint="Check the data with: lm validate --level full",
+                        hint="Check the data with: lm validate shards/NAME",
                         code=Exit.DATA,
                     )
                 wide = tokens.astype(np.int64)

@@ -33,7 +33,7 @@ from lmcore.training import device as machine
 from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
 from lmcore.training.compilation import compile_step, wants_compile
-from lmcore.training.config import RunConfig, differences
+from lmcore.training.config import RunConfig
 from lmcore.training.data import RunData, open_data, refuse_changed_data
 from lmcore.training.guards import Guard, LossScale
 from lmcore.training.lanes import choose_lanes
@@ -780,6 +780,3 @@ def _planned_memory(config: RunConfig) -> tuple[int | str, str]:
         f" The plan says {storage.format_bytes(memory.total)} {room}; the largest micro-batch that fits an otherwise "
         f"idle machine is {memory.largest_micro_batch:,}."
     )
-
-
-__all__ = ["RunResult", "differences", "resolve", "train"]
