@@ -38,17 +38,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the runs.", rich_help_panel=RUN)] = Path(
         "runs/compare"
     ),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            "-s",
-            metavar="KEY=VALUE",
-            help="A setting for all of them.",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
+    settings: ui.Settings = None,
     decode: Annotated[
         str, typer.Option(help="Lengths at which generation is timed.", rich_help_panel=RUN)
     ] = "2048,8192,32768",

@@ -34,17 +34,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            "-s",
-            metavar="KEY=VALUE",
-            help="Any setting, such as --set model.num_layers=24; may be given several times.",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
+    settings: ui.Settings = None,
     data: Annotated[
         str | None,
         typer.Option(

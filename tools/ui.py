@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------- shared options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="Output")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any setting, such as --set model.num_layers=6; may be given several times.",
+        rich_help_panel="Run",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")]
 
 # ---------------------------------------------------------------------------------------- writing
