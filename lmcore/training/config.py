@@ -149,6 +149,9 @@ class GuardConfig(Config):
     """Steps of data that a rollback leaves out."""
     max_rollbacks: int = Field(default=3, ge=0)
     """Rollbacks before the run stops (exit 70)."""
+    audit_every: int = Field(default=0, ge=0)
+    """Compute every so many steps a second time and compare the bits, to notice a processor that miscalculates; costs
+    the time of those steps, and needs deterministic algorithms. 0: only steps that go wrong are computed again."""
 
 
 class TrainConfig(Config):
@@ -202,6 +205,12 @@ class TrainConfig(Config):
     def _one_length(self) -> Self:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens both give the length of the run; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _audits_compare_bits(self) -> Self:
+        if self.guard.audit_every and self.deterministic is False:
+            raise ValueError("guard.audit_every compares bits; leave deterministic at auto or set it to true")
         return self
 
     @field_validator("micro_batch", "lanes")

@@ -36,18 +36,24 @@ class Guard:
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """The verdict on a step, before its update."""
+        wrong = self.looks_wrong(loss, grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.in_a_row += 1
             self.bad_steps = [s for s in self.bad_steps if s > step - _RECENT_STEPS] + [step]
             over = self.in_a_row >= self.config.bad_in_a_row or len(self.bad_steps) >= self.config.bad_in_1000
             return "diverged" if over else "bad"
         self.in_a_row = 0
-        if self.config.on_spike != "off" and self.score(loss) > self.config.spike_score:
+        if wrong:
             if self.config.on_spike == "warn":
                 self.losses.append(loss)
             return "spike"
         self.losses.append(loss)
         return "ok"
+
+    def looks_wrong(self, loss: float, grad_norm: float) -> bool:
+        """Whether `judge` would object to a step; remembers nothing."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        return not finite or (self.config.on_spike != "off" and self.score(loss) > self.config.spike_score)
 
     def score(self, loss: float) -> float:
         """Robust z of a loss against the last finite ones; 0 while there are too few."""

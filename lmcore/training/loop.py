@@ -30,6 +30,7 @@ from lmcore.optim.optimizer import Optimizer, build_optimizer
 from lmcore.optim.sharding import Ranks
 from lmcore.training import checkpoint, parallel, rundir, signals
 from lmcore.training import device as machine
+from lmcore.training.audit import Audit, audit
 from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
 from lmcore.training.compilation import compile_step, wants_compile
@@ -80,6 +81,8 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
         stop = signals.Stop(config.train.max_minutes, told=told.note)
         stack.enter_context(signals.caught(stop))
         deterministic = config.train.deterministic
+        if deterministic == "auto" and config.train.guard.audit_every:
+            deterministic = True
         stack.enter_context(
             machine.numerics(
                 deterministic=world.device.type == "cpu" if deterministic == "auto" else deterministic,
@@ -341,13 +344,18 @@ class _Run:
         """Gradients, verdict, update, log. The step counts also when its update was left out."""
         began = time.perf_counter()
         numbers = self.stepper.gradients(batch, stop=bool(self.stop.reason()))
+        looked = self._audit(batch, numbers)
+        if looked is not None:
+            numbers = looked.numbers
         explained = self.scale.update(numbers.finite)
         verdict = "bad" if explained else self.guard.judge(self.step, numbers.loss, numbers.grad_norm)
-        action = self._decide(verdict, batch, numbers)
+        action = self._decide(verdict, batch, numbers, looked)
         if action == "rollback":
             return "rollback"
         if action == "update":
             self.stepper.update(self.step, self.config.optim.clip)
+        else:
+            self.model.reset_load()  # the experts' load of a step that did not happen
         seconds = time.perf_counter() - began
         self.step += 1
         self.sample = batch.first_sample + self.shape.rows
@@ -355,9 +363,40 @@ class _Run:
         self._log(numbers, batch, seconds + waited, waited, skipped=action != "update")
         return "stop" if numbers.stop else "go"
 
-    def _decide(self, verdict: str, batch: StepBatch, numbers: StepNumbers) -> Literal["update", "skip", "rollback"]:
+    def _audit(self, batch: StepBatch, numbers: StepNumbers) -> Audit | None:
+        """A second look at a step that went wrong, or whose turn it is; None when there is no need."""
+        every = self.guard.config.audit_every
+        due = every > 0 and (self.step + 1) % every == 0
+        overflow = self.scale.enabled and self.scale.scale > 1.0 and not numbers.finite  # fp16: a scale to be lowered
+        if not due and (overflow or not self.guard.looks_wrong(numbers.loss, numbers.grad_norm)):
+            return None
+        looked = audit(self.stepper, batch, numbers)
+        if looked.verdict == "same":
+            return looked
+        self._event("audit", step=self.step + 1, first_sample=batch.first_sample, verdict=looked.verdict)
+        what = f"{self._where(batch)}: computed again from the same weights and data, {looked.differing} results differ"
+        if looked.verdict == "unreliable":
+            raise LmError(
+                f"{what} each time: this machine miscalculates ({machine.device_name(self.world.device)}). Nothing of "
+                "the step reached the weights.",
+                hint=f"Go on from the last checkpoint on other hardware: lm train --resume {self.run.path}",
+                code=Exit.DIVERGED,
+            )
+        self.observer.warn(
+            f"{what}, and a third time agreed with one of the two: HARDWARE, TRANSIENT. The step goes on with what was "
+            f"computed twice; watch this machine ({machine.device_name(self.world.device)})."
+        )
+        return looked
+
+    def _where(self, batch: StepBatch) -> str:
+        return f"step {self.step + 1}, samples {batch.first_sample:,} to {batch.first_sample + self.shape.rows - 1:,}"
+
+    def _decide(
+        self, verdict: str, batch: StepBatch, numbers: StepNumbers, looked: Audit | None
+    ) -> Literal["update", "skip", "rollback"]:
         """What to do about a step, and the words for it."""
-        where = f"step {self.step + 1}, samples {batch.first_sample:,} to {batch.first_sample + self.shape.rows - 1:,}"
+        where = self._where(batch)
+        cause = " Computed again it is the same: the data or the model, not the hardware." if looked is not None else ""
         if verdict == "ok":
             return "update"
         if verdict in ("bad", "diverged"):
@@ -366,28 +405,28 @@ class _Run:
                 raise LmError(
                     f"the run has diverged: {where} is one too many with a loss or gradient that is not finite "
                     f"(train.guard: {self.guard.config.bad_in_a_row} in a row or {self.guard.config.bad_in_1000} in "
-                    "1,000). None of them reached the weights.",
+                    f"1,000). None of them reached the weights.{cause}",
                     hint=f"Lower the learning rate: lm train --resume {self.run.path} --override optim.lr=...",
                     code=Exit.DIVERGED,
                 )
-            self.observer.warn(f"{where}: the loss or a gradient is not finite; the update is left out.")
+            self.observer.warn(f"{where}: the loss or a gradient is not finite; the update is left out.{cause}")
             return "skip"
         what = f"{where}: the loss {numbers.loss:.3f} is a spike (z = {self.guard.score(numbers.loss):.1f})"
         on = self.guard.config.on_spike
         self._event("spike", step=self.step + 1, first_sample=batch.first_sample, loss=numbers.loss, action=on)
         if on == "skip":
-            self.observer.warn(f"{what}; the update is left out.")
+            self.observer.warn(f"{what}; the update is left out.{cause}")
             return "skip"
         if on == "rollback" and self.rollbacks < self.guard.config.max_rollbacks:
-            self.observer.warn(f"{what}; rolling back.")
+            self.observer.warn(f"{what}; rolling back.{cause}")
             return "rollback"
         if on in ("stop", "rollback"):
             raise LmError(
-                f"{what}; the run stops (train.guard.on_spike = {on}, {self.rollbacks} rollbacks so far).",
+                f"{what}; the run stops (train.guard.on_spike = {on}, {self.rollbacks} rollbacks so far).{cause}",
                 hint=f"Look at the data of these samples, then: lm train --resume {self.run.path}",
                 code=Exit.DIVERGED,
             )
-        self.observer.warn(f"{what}.")
+        self.observer.warn(f"{what}.{cause}")
         return "update"
 
     def _after_step(self, stop: bool) -> str:

@@ -155,6 +155,10 @@ class Stepper:
         self.times.gradients = time.perf_counter() - began
         return numbers
 
+    def held_gradients(self) -> list[Tensor | None]:
+        """What `gradients` left in `.grad`, in the order of the parameters."""
+        return [parameter.grad for parameter in self._parameters]
+
     def update(self, step: int, max_norm: float | None) -> None:
         """Clip and apply the gradients that `gradients` left behind."""
         began = time.perf_counter()

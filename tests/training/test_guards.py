@@ -149,7 +149,8 @@ def test_a_rollback_goes_back_leaves_data_out_and_survives_a_kill(lab, monkeypat
 
     def watched(self, batch, stop=False):
         numbers = original(self, batch, stop)
-        seen.append((batch.step, batch.first_sample))
+        if seen[-1:] != [(batch.step, batch.first_sample)]:  # a spike is computed twice
+            seen.append((batch.step, batch.first_sample))
         if batch.first_sample == 30 * 8:  # the spike is in the data
             object.__setattr__(numbers, "loss", 50.0)
         return numbers
