@@ -66,10 +66,11 @@ class StreamDocuments:
             columns["row"].append(index["row"][piece])
             columns["hash"].append(index["hash"][piece])
         joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-        order = np.argsort(joined["low"], kind="stable")
-        joined = {name: column[order] for name, column in joined.items()}
+        if np.any(joined["low"][1:] < joined["low"][:-1]):  # never so in a set: its shards are in stream order
+            order = np.argsort(joined["low"], kind="stable")
+            joined = {name: column[order] for name, column in joined.items()}
         # A piece that begins nothing and follows a piece of the same document belongs to it.
-        same = np.ones(len(order), np.bool_)
+        same = np.ones(len(joined["low"]), np.bool_)
         for name in ("unit", "row", "hash"):
             same[1:] &= joined[name][1:] == joined[name][:-1]
         same[:1] = False

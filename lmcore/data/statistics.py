@@ -158,10 +158,10 @@ def _rows(path: Path, sample: npt.NDArray[Any], fine: bool, add: Add) -> None:
     width = min(512, sample.shape[1])
     rows = sample[:, : sample.shape[1] // width * width].reshape(-1, width)
     rows = rows[:: max(1, len(rows) // 1024)]
-    ordered = np.sort(rows, axis=1)
     half = width // 2
-    # An id with more than half of the places holds the middle of the sorted row, and equals the value half a row away.
-    dominated = (ordered[:, : width - half] == ordered[:, half:]).any(axis=1)
+    # An id with more than half of the places holds the middle of the sorted row.
+    middle = np.partition(rows, half, axis=1)[:, half : half + 1]
+    dominated = np.count_nonzero(rows == middle, axis=1) > half
     if (count := int(dominated.sum())) > max(2, len(rows) // rate):
         add(
             "V103", path, f"in {100 * count / len(rows):.1f} % of sampled stretches of {width} tokens one id fills half"
@@ -172,7 +172,7 @@ def _rows(path: Path, sample: npt.NDArray[Any], fine: bool, add: Add) -> None:
         need = min(repeats * period, max(32 * period, width * 3 // 4))
         if need > same.shape[1]:
             continue
-        run = np.cumsum(~same, axis=1)  # constant over a run of equal pairs
+        run = np.cumsum(~same, axis=1, dtype=np.int16)  # constant over a run of equal pairs
         periodic |= (run[:, need - 1 :] == np.pad(run, ((0, 0), (1, 0)))[:, : run.shape[1] - need + 1]).any(axis=1)
     if (count := int((periodic & ~dominated).sum())) > max(2, len(rows) // 200):
         add("V107", path, f"{100 * count / len(rows):.1f} % of sampled stretches repeat a pattern of up to 13 ids")
@@ -201,8 +201,9 @@ def _equal_rows(path: Path, stream: TokenStream, keys: npt.NDArray[np.uint64], a
 def _documents(path: Path, manifest: Manifest, index: StreamDocuments, s: Statistics, add: Add) -> None:
     if not len(index.lengths):
         return
-    for name, q in (("min", 0), ("p10", 10), ("median", 50), ("p90", 90), ("p99", 99), ("max", 100)):
-        s.length_quantiles[name] = int(np.percentile(index.lengths, q, method="nearest"))
+    names = {"min": 0, "p10": 10, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    quantiles = np.percentile(index.lengths, [*names.values()], method="nearest")
+    s.length_quantiles = {name: int(q) for name, q in zip(names, quantiles, strict=True)}
     hashes = index.hashes
     ordered = np.sort(hashes)
     s.duplicate_documents = int((ordered[1:] == ordered[:-1]).sum())

@@ -438,6 +438,9 @@ def scan_shard(
     digest.update(head)
     offset, base, size = HEADER_BYTES, 0, dtype.itemsize
     largest = 0
+    hits = np.empty(len(tokens), np.bool_)
+    if hasattr(os, "posix_fadvise"):  # the kernel reads ahead while this thread hashes
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     while count := os.preadv(file.descriptor, [view], offset):
         while count % size and (more := os.preadv(file.descriptor, [view[count:]], offset + count)):
             count += more
@@ -454,7 +457,7 @@ def scan_shard(
             if len(pad) and scan.bad_pad < 0 and np.any(pad != eos_id):
                 scan.bad_pad = base + len(true) + int(np.flatnonzero(pad != eos_id)[0])
             if ends is not None and len(true):
-                _compare_eos(scan, true, base, eos_id, ends, n_tokens - 1 if free_end else -1)
+                _compare_eos(scan, true, base, eos_id, ends, n_tokens - 1 if free_end else -1, hits[: len(true)])
         offset += count
         base += len(part)
     scan.sha256, scan.max_id = digest.hexdigest(), largest
@@ -462,29 +465,35 @@ def scan_shard(
 
 
 def _row_keys(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """A linear hash modulo 2^64 of the first 32 tokens; rows with equal keys are compared later."""
     words = np.ascontiguousarray(rows[:, :32]).view(np.uint64)
-    key = words[:, 0] * _ODD
-    for column in range(1, words.shape[1]):
-        key = (key ^ words[:, column]) * _ODD
-        key ^= key >> np.uint64(31)
+    key: npt.NDArray[np.uint64] = words @ _FACTORS[: words.shape[1]]
     return key
 
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = (np.arange(1, 17, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 
 def _compare_eos(
-    scan: Scan, tokens: npt.NDArray[Any], base: int, eos_id: int, ends: npt.NDArray[np.int64], free: int
+    scan: Scan,
+    tokens: npt.NDArray[Any],
+    base: int,
+    eos_id: int,
+    ends: npt.NDArray[np.int64],
+    free: int,
+    hits: npt.NDArray[np.bool_],
 ) -> None:
+    """hits: scratch space of the length of `tokens`."""
     low, high = np.searchsorted(ends, [base, base + len(tokens)])
     expected = ends[low:high] - base
-    hits = tokens == eos_id
+    np.equal(tokens, eos_id, out=hits)
     if base <= free < base + len(tokens):
         hits[free - base] = False
-    if int(np.count_nonzero(hits)) == len(expected) and bool(np.all(hits[expected])):
+    present = hits[expected]
+    hits[expected] = False
+    if bool(present.all()) and not hits.any():  # any() takes half the time of counting
         return
-    found = np.flatnonzero(hits)
-    odd = np.setxor1d(found, expected)
+    odd = np.union1d(expected[~present], np.flatnonzero(hits))
     scan.wrong_eos += len(odd)
     if scan.first_bad_eos < 0:
         scan.first_bad_eos = base + int(odd[0])
