@@ -3,8 +3,8 @@
     python benchmarks/validate.py --gib 1 --repeats 5
 
 A set of text-like ids is written once; then the three are run in turn and the medians are compared. All hash every
-byte; validate also looks at every id, every document end and every header. `hashlib` is the bare sha256 of Python over a
-buffer in memory, on as many threads as validate has workers: the limit of any check that proves the content.
+byte; validate also looks at every id, every document end and every header. `hashlib` is the bare sha256 of Python over
+a buffer in memory, on as many threads as validate has workers: the limit of any check that proves the content.
 """
 
 from __future__ import annotations

@@ -89,7 +89,11 @@ def command(
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Make only part I of N (join them with lm merge).", rich_help_panel=RUN),
+        typer.Option(
+            metavar="I/N",
+            help="Make only part I of N (join them with lm merge); large parquet and JSONL files are cut.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     executor: Annotated[
         Executor, typer.Option(help="Where parts run: here, or --part all/N on a Ray cluster.", rich_help_panel=RUN)

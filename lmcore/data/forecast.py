@@ -16,7 +16,7 @@ from typing import Any
 from lmcore.data.documents import filter_lengths
 from lmcore.data.encoder import Backend, open_encoder
 from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes, make_plan
-from lmcore.data.readers import Place, check_columns, parquet_metadata, read
+from lmcore.data.readers import check_columns, parquet_metadata, read
 from lmcore.data.sources import resolve
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
@@ -51,7 +51,7 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
     plan = make_plan(config, resolve(config.dataset, config.paths))
-    units = plan.units[plan.first_unit : plan.stop_unit]
+    units = plan.own_units
     check_columns(units, config.text_column)
     sample = []
     size = records = 0
@@ -60,8 +60,8 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
         read(
             plan.units,
             config.text_column,
-            start=Place(plan.first_unit),
-            stop_unit=plan.stop_unit,
+            start=plan.start,
+            stop=plan.stop,
             on_bad="skip",
             threads=1,
         )
@@ -116,7 +116,7 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
 def _text_bytes(plan: Plan, sampled: int) -> float:
     """Bytes of text behind the plan."""
     total = 0.0
-    for unit in plan.units[plan.first_unit : plan.stop_unit]:
+    for unit in plan.own_units:
         if unit.format == "parquet" or unit.compression:
             total += max(unit.size, 0) * _TYPICAL_COMPRESSION
         else:
@@ -127,7 +127,7 @@ def _text_bytes(plan: Plan, sampled: int) -> float:
 def _count_records(plan: Plan) -> int | None:
     """The exact number of records when files on this machine tell it."""
     total = 0
-    for unit in plan.units[plan.first_unit : plan.stop_unit]:
+    for unit in plan.own_units:
         if unit.format in ("text", "python"):
             total += 1
         elif unit.format == "parquet" and not unit.is_remote:

@@ -18,6 +18,8 @@ from pathlib import Path
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, ShardEntry, make_manifest, read_manifest
 from lmcore.data.plan import Plan, read_plan
+from lmcore.data.readers import Place
+from lmcore.data.sources import total_size
 from lmcore.data.tokenization import created_by
 from lmcore.errors import Exit, LmError
 
@@ -32,7 +34,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Manifest:
     ordered = _in_order(plans)
     manifests = [read_manifest(part) for part in ordered]
     _refuse_different(ordered, [plans[part] for part in ordered], manifests)
-    merged = _manifest(ordered, manifests)
+    merged = _manifest(plans[ordered[0]], manifests)
     if (out / MANIFEST).is_file() and read_manifest(out).dataset_id == merged.dataset_id:
         storage.fsync_directory(out.parent)  # whoever merged it may have died before its name was durable
         return read_manifest(out)
@@ -43,8 +45,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> Manifest:
         units=first.units,
         tokenizer_name=first.tokenizer_name,
         tokenizer_sha256=first.tokenizer_sha256,
-        first_unit=0,
-        stop_unit=len(first.units),
+        start=Place(0),
+        stop=Place(len(first.units)),
     )
     with storage.commit_directory(out) as directory:
         for number, (part, manifest) in enumerate(zip(ordered, manifests, strict=True), 1):
@@ -102,7 +104,7 @@ def _name(part: int, shard: ShardEntry) -> str:
     return f"part-{part:03d}-{shard.name}"
 
 
-def _manifest(paths: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
+def _manifest(plan: Plan, manifests: Sequence[Manifest]) -> Manifest:
     shards = tuple(
         shard.model_copy(update={"name": _name(number, shard)})
         for number, manifest in enumerate(manifests, 1)
@@ -113,7 +115,7 @@ def _manifest(paths: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
         dropped.update(manifest.filters.get("dropped", {}))
     first = manifests[0]
     source = {key: value for key, value in first.source.items() if key != "part"}
-    source |= {key: sum(int(m.source.get(key, 0)) for m in manifests) for key in ("files", "stored_bytes")}
+    source |= {"files": len(plan.units), "stored_bytes": total_size(plan.units)}
     return make_manifest(
         tokenizer=first.tokenizer,
         dtype=first.dtype,

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from lmcore import storage
 from lmcore.config import Config, Count
 from lmcore.data.manifest import PLAN
+from lmcore.data.readers import Place, pieces, rows_before
 from lmcore.data.shard import MAX_SEQ_LEN, MIN_SEQ_LEN
 from lmcore.data.sources import Source, Unit, total_size
 from lmcore.errors import Exit, LmError
@@ -59,7 +60,8 @@ class TokenizeConfig(Config):
     part: int | None = Field(default=None, ge=1)
     """Number of this part, from 1."""
     parts: int | None = Field(default=None, ge=1)
-    """Number of parts of the plan, each a shard set of its own (lm merge joins them)."""
+    """Number of parts of the plan, each a shard set of its own (lm merge joins them). Files stay whole when there are
+    enough of them; else parquet is cut at row groups and plain JSONL every 8 MiB."""
 
     @model_validator(mode="after")
     def _whole(self) -> TokenizeConfig:
@@ -73,8 +75,11 @@ class TokenizeConfig(Config):
             raise ValueError(f"shard_tokens ({self.shard_tokens:,}) is below seq_len ({self.seq_len:,})")
         if (self.part is None) != (self.parts is None) or (self.part or 0) > (self.parts or 0):
             raise ValueError(f"part must be I/N with I from 1 to N, such as 1/8 (got {self.part}/{self.parts})")
-        if self.parts is not None and (self.max_documents or self.max_tokens or "-" in self.paths):
-            raise ValueError("parts cannot be combined with max_documents, max_tokens or standard input")
+        if self.parts is not None and (self.max_documents or self.max_tokens or self.dedup or "-" in self.paths):
+            raise ValueError(
+                "parts cannot be combined with dedup, max_documents, max_tokens or standard input: a part knows "
+                "nothing of the documents of the others"
+            )
         return self
 
     @property
@@ -91,28 +96,40 @@ class Plan:
     units: tuple[Unit, ...]
     tokenizer_name: str
     tokenizer_sha256: str
-    first_unit: int
-    stop_unit: int
-    """This set tokenizes units[first_unit:stop_unit]: all of them, or one part."""
+    start: Place
+    stop: Place
+    """This set tokenizes what lies from `start` to before `stop`: all units, or one part."""
+
+    @property
+    def own_units(self) -> tuple[Unit, ...]:
+        """The units of which this set holds something."""
+        return self.units[self.start.unit : self.stop.unit + (self.stop.piece > 0)]
 
     def to_json(self) -> dict[str, Any]:
+        # Written only where a part begins or ends inside of a file.
+        inside = {
+            "first_piece": self.start.piece,
+            "first_row": self.start.base,
+            "stop_piece": self.stop.piece,
+            "stop_row": self.stop.base,
+        }
         return {
             "format": PLAN_FORMAT,
             "request": self.request.model_dump(mode="json"),
             "source": self.source,
             "tokenizer_name": self.tokenizer_name,
             "tokenizer_sha256": self.tokenizer_sha256,
-            "first_unit": self.first_unit,
-            "stop_unit": self.stop_unit,
+            "first_unit": self.start.unit,
+            "stop_unit": self.stop.unit,
             "units": [unit.to_json() for unit in self.units],
-        }
+        } | {key: number for key, number in inside.items() if number}
 
 
 def make_plan(request: TokenizeConfig, source: Source) -> Plan:
     """Order the units (shuffled by a seed if asked) and cut out this part. The tokenizer is filled in later."""
     units = order_units(source.units, request.shuffle_units)
-    first, stop = part_range(units, request.part, request.parts)
-    return Plan(request, source.description, units, "", "", first, stop)
+    start, stop = part_range(units, request.part, request.parts)
+    return Plan(request, source.description, units, "", "", start, stop)
 
 
 def order_units(units: Sequence[Unit], seed: int | None) -> tuple[Unit, ...]:
@@ -123,23 +140,38 @@ def order_units(units: Sequence[Unit], seed: int | None) -> tuple[Unit, ...]:
     return tuple(units[index] for index in np.argsort(keys, kind="stable"))
 
 
-def part_range(units: Sequence[Unit], part: int | None, parts: int | None) -> tuple[int, int]:
-    """[first, stop) of part i of n: neighbouring units, balanced by size, so that the parts one after the other are the
-    whole plan in order."""
+def part_range(units: Sequence[Unit], part: int | None, parts: int | None) -> tuple[Place, Place]:
+    """Where part i of n begins and ends: neighbours, balanced by size, so that the parts one after the other are the
+    whole plan in order. Files stay whole where there are enough of them; else they are cut at the row groups of parquet
+    and at ranges of 8 MiB of plain JSONL."""
     if part is None or parts is None:
-        return 0, len(units)
-    if parts > len(units):
+        return Place(0), Place(len(units))
+    if parts <= len(units):
+        cuts = _balanced([max(unit.size, 1) for unit in units], parts)
+        return Place(cuts[part - 1]), Place(cuts[part])
+    all_pieces = [(number, k, size) for number, unit in enumerate(units) for k, size in enumerate(pieces(unit))]
+    if parts > len(all_pieces):
         raise LmError(
-            f"--part {part}/{parts}: the corpus has only {len(units):,} files, and a part needs at least one.",
-            hint=f"Use at most {len(units):,} parts.",
+            f"--part {part}/{parts}: the corpus ({len(units):,} files) can be cut into at most {len(all_pieces):,} "
+            "parts: at files, at row groups of parquet, and every 8 MiB of JSONL that is not compressed.",
+            hint=f"Use at most {len(all_pieces):,} parts.",
         )
-    sizes = np.cumsum([max(unit.size, 1) for unit in units])
+    cuts = _balanced([max(size, 1) for _, _, size in all_pieces], parts)
+    places = []
+    for cut in cuts[part - 1 : part + 1]:
+        unit, piece, _ = all_pieces[cut] if cut < len(all_pieces) else (len(units), 0, 0)
+        places.append(Place(unit, piece, rows_before(units[unit], piece) if piece else 0))
+    return places[0], places[1]
+
+
+def _balanced(sizes: Sequence[int], parts: int) -> list[int]:
+    """Borders 0 = c_0 < c_1 < .. < c_parts = len(sizes) of runs of about equal sums."""
+    summed = np.cumsum(sizes)
     cuts = [0]
     for number in range(1, parts):
-        ideal = int(np.searchsorted(sizes, sizes[-1] * number / parts)) + 1
-        cuts.append(min(max(ideal, cuts[-1] + 1), len(units) - (parts - number)))
-    cuts.append(len(units))
-    return cuts[part - 1], cuts[part]
+        ideal = int(np.searchsorted(summed, summed[-1] * number / parts)) + 1
+        cuts.append(min(max(ideal, cuts[-1] + 1), len(sizes) - (parts - number)))
+    return [*cuts, len(sizes)]
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
@@ -160,8 +192,8 @@ def read_plan(directory: str | Path) -> Plan:
             units=tuple(Unit.from_json(unit) for unit in raw["units"]),
             tokenizer_name=str(raw["tokenizer_name"]),
             tokenizer_sha256=str(raw["tokenizer_sha256"]),
-            first_unit=int(raw["first_unit"]),
-            stop_unit=int(raw["stop_unit"]),
+            start=Place(int(raw["first_unit"]), int(raw.get("first_piece", 0)), int(raw.get("first_row", 0))),
+            stop=Place(int(raw["stop_unit"]), int(raw.get("stop_piece", 0)), int(raw.get("stop_row", 0))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LmError(f"{path}: not a plan of lm tokenize ({error!r:.80}).", code=Exit.DATA) from None
@@ -200,8 +232,9 @@ def refuse_changed_units(directory: Path, old: Sequence[Unit], new: Sequence[Uni
 
 
 def estimated_bytes(plan: Plan) -> int:
-    """Stored bytes of the units of this set."""
-    return total_size(plan.units[plan.first_unit : plan.stop_unit])
+    """Stored bytes of the units of this set; of a part that was cut out of files, its share of them."""
+    whole = total_size(plan.own_units)
+    return whole // (plan.request.parts or 1) if plan.start.piece or plan.stop.piece else whole
 
 
 def _flag(key: str) -> str:

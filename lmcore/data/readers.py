@@ -72,13 +72,13 @@ def read(
     text_column: str,
     *,
     start: Place = START,
-    stop_unit: int | None = None,
+    stop: Place | None = None,
     on_bad: OnBad = "stop",
     threads: int = 2,
 ) -> Generator[Documents]:
-    """Batches of the documents of units[start.unit:stop_unit] from `start` on, in order, with rows numbered inside
+    """Batches of the documents from `start` to before `stop` (default: the end), in order, with rows numbered inside
     their unit. Raises LmError (65) at the record that cannot be read, unless `on_bad` says otherwise."""
-    tasks = _tasks(units, text_column, start, len(units) if stop_unit is None else stop_unit, on_bad, threads)
+    tasks = _tasks(units, text_column, start, stop or Place(len(units)), on_bad, threads)
     threads = reading_threads(units, threads)
     unit, piece, base, records = start.unit, start.piece, start.base, 0
     try:
@@ -105,7 +105,8 @@ def check_columns(units: Sequence[Unit], text_column: str) -> None:
 def read_document(units: Sequence[Unit], text_column: str, unit: int, row: int) -> bytes | None:
     """The text of one record, None when it holds none: provenance for people. Reads from the start of the unit's
     piece where the format allows it, from the start of the unit elsewhere."""
-    for batch in read(units, text_column, start=_piece_with(units[unit], unit, row), stop_unit=unit + 1, on_bad="skip"):
+    start, stop = _piece_with(units[unit], unit, row), Place(unit + 1)
+    for batch in read(units, text_column, start=start, stop=stop, on_bad="skip"):
         found = np.flatnonzero((batch.units == unit) & (batch.rows == row))
         if len(found):
             return batch.text(int(found[0]))
@@ -177,11 +178,13 @@ def _not_delivered(unit: Unit, error: Exception) -> LmError:
     )
 
 
-def _tasks(units: Sequence[Unit], column: str, start: Place, stop: int, on_bad: OnBad, threads: int) -> Iterator[Task]:
+def _tasks(
+    units: Sequence[Unit], column: str, start: Place, stop: Place, on_bad: OnBad, threads: int
+) -> Iterator[Task]:
     """What the reading threads do, in order: one task per piece, or per group of small text files."""
     group: list[int] = []
     group_bytes = 0
-    for number in range(start.unit, stop):
+    for number in range(start.unit, stop.unit + (stop.piece > 0)):
         unit = units[number]
         if unit.format in ("text", "python"):
             group.append(number)
@@ -193,7 +196,8 @@ def _tasks(units: Sequence[Unit], column: str, start: Place, stop: int, on_bad: 
             group, group_bytes = [], 0
         if unit.format not in ("text", "python"):
             first = start.piece if number == start.unit else 0
-            for make in _piece_tasks(units, number, first, column, on_bad):
+            last = stop.piece if number == stop.unit else None
+            for make in _piece_tasks(units, number, first, last, column, on_bad):
                 yield _task(units, number, make)
     if group:
         yield _task(units, group[0], functools.partial(_read_texts, units, tuple(group), on_bad))
@@ -203,22 +207,56 @@ def _task(units: Sequence[Unit], number: int, make: Task) -> Task:
     return functools.partial(_retrying, units, number, make) if units[number].is_remote else make
 
 
-def _piece_tasks(units: Sequence[Unit], number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Task]:
+def _piece_tasks(
+    units: Sequence[Unit], number: int, first: int, last: int | None, column: str, on_bad: OnBad
+) -> Iterator[Task]:
+    """Pieces first .. last-1 of a unit (to its end when last is None, as always where `pieces` sees but one)."""
     unit = units[number]
     if unit.format == "parquet" and unit.is_remote and 0 <= unit.size <= _WHOLE_BYTES:
-        yield functools.partial(_read_whole_parquet, unit, number, first, column, on_bad)
+        yield functools.partial(_read_whole_parquet, unit, number, first, last, column, on_bad)
     elif unit.format == "parquet":
         metadata = parquet_metadata(unit)
         check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
-        for piece in range(first, metadata.num_row_groups):
+        for piece in range(first, metadata.num_row_groups if last is None else last):
             yield functools.partial(_read_row_group, unit, number, piece, metadata, column, on_bad)
     elif unit.format == "jsonl" and not unit.compression and unit.size >= 0:
-        for piece in range(first, max(1, -(-unit.size // BLOCK_BYTES))):
+        for piece in range(first, _ranges(unit) if last is None else last):
             yield functools.partial(_read_range, unit, number, piece, column, on_bad)
     elif unit.format == "jsonl":
         yield functools.partial(_read_stream, unit, number, first, column, on_bad)
     else:
         yield functools.partial(_read_rows, unit, number, first, column, on_bad)
+
+
+def _ranges(unit: Unit) -> int:
+    return max(1, -(-unit.size // BLOCK_BYTES))
+
+
+def pieces(unit: Unit) -> list[int]:
+    """Bytes of the pieces at which a unit can be cut for two machines: one number where it cannot."""
+    if unit.format == "parquet":
+        metadata = parquet_metadata(unit)
+        return [metadata.row_group(k).total_byte_size for k in range(metadata.num_row_groups)] or [1]
+    if unit.format == "jsonl" and not unit.compression and not unit.is_remote:
+        return [BLOCK_BYTES] * (_ranges(unit) - 1) + [unit.size - BLOCK_BYTES * (_ranges(unit) - 1)]
+    return [max(unit.size, 1)]
+
+
+def rows_before(unit: Unit, piece: int) -> int:
+    """Records of the unit before a piece (`Place.base`): from the footer of parquet, by counting lines in JSONL."""
+    if piece == 0:
+        return 0
+    if unit.format == "parquet":
+        metadata = parquet_metadata(unit)
+        return sum(metadata.row_group(k).num_rows for k in range(piece))
+    # A line that begins before byte b begins at 0 or behind a newline before byte b - 1.
+    left = piece * BLOCK_BYTES - 1
+    lines = 1
+    with open_unit(unit) as file:
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            lines += chunk.count(b"\n")
+            left -= len(chunk)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -529,11 +567,13 @@ def _open_parquet(unit: Unit) -> Any:
     return pa.OSFile(unit.path)
 
 
-def _read_whole_parquet(unit: Unit, number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
-    """All row groups from `first` on: a small remote file, whose footer is fetched on the reading thread, too."""
+def _read_whole_parquet(
+    unit: Unit, number: int, first: int, last: int | None, column: str, on_bad: OnBad
+) -> Iterator[Documents]:
+    """Row groups first .. last-1: a small remote file, whose footer is fetched on the reading thread, too."""
     metadata = parquet_metadata(unit)
     check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
-    for piece in range(first, metadata.num_row_groups):
+    for piece in range(first, metadata.num_row_groups if last is None else last):
         yield from _read_row_group(unit, number, piece, metadata, column, on_bad)
 
 

@@ -15,7 +15,7 @@ from lmcore.data.documents import filter_lengths
 from lmcore.data.encoder import Backend
 from lmcore.data.manifest import PLAN, Manifest, ShardEntry, read_manifest
 from lmcore.data.plan import Plan, read_plan
-from lmcore.data.readers import Place, read
+from lmcore.data.readers import read
 from lmcore.data.shard import shard_name
 from lmcore.data.tokenization import Selector, available_cores, encode_all, open_writer, plan_tokenizer
 from lmcore.data.tokenizer import Tokenizer
@@ -77,12 +77,12 @@ def _make(
     request = plan.request
     writer = open_writer(request, tokenizer, directory, journal[:number], only=frozenset([number]))
     selector = Selector(request, directory, writer)
-    start = writer.place if number else Place(plan.first_unit)
+    start = writer.place if number else plan.start
     raw = read(
         plan.units,
         request.text_column,
         start=start,
-        stop_unit=plan.stop_unit,
+        stop=plan.stop,
         on_bad=request.on_bad_doc,
         threads=workers,
     )
@@ -95,7 +95,7 @@ def _make(
                 writer.add(batch, selection.keep, selection.duplicates, last=selection.last)
                 if selector.is_full or writer.begun > number:
                     break
-        writer.finish(Place(plan.stop_unit))
+        writer.finish(plan.stop)
     made = {line.entry.name: line.entry for line in writer.committed}
     if shard_name(number) not in made:
         raise _changed(directory, number)

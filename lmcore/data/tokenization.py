@@ -336,7 +336,7 @@ def training_texts(
     for first, stop in groups:
         taken = 0
         with contextlib.closing(
-            read(units, column, start=Place(first), stop_unit=stop, on_bad=on_bad, threads=workers)
+            read(units, column, start=Place(first), stop=Place(stop), on_bad=on_bad, threads=workers)
         ) as batches:
             for batch in batches:
                 for index in range(len(batch)):
@@ -365,15 +365,15 @@ def _run(
     """Tokenize what is not committed yet; returns the encoder, the writer and the bytes of text that were encoded."""
     request = plan.request
     writer = open_writer(request, tokenizer, out, committed)
-    start = writer.place if committed else Place(plan.first_unit)
+    start = writer.place if committed else plan.start
     selector = Selector(request, out, writer)
-    end = Place(plan.stop_unit)
+    end = plan.stop
     with writer, _Signals() as signals:
         raw = read(
             plan.units,
             request.text_column,
             start=start,
-            stop_unit=plan.stop_unit,
+            stop=plan.stop,
             on_bad=request.on_bad_doc,
             threads=workers,
         )
@@ -400,7 +400,11 @@ def _run(
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(writer.dropped.items())) or "no records"
         (out / PLAN).unlink()
         (out / TOKENIZER).unlink()
-        raise LmError(f"No text to tokenize: every record was dropped or empty ({told}).", code=Exit.DATA)
+        raise LmError(
+            f"No text to tokenize: every record was dropped or empty ({told}).",
+            hint="Make fewer parts, so that each of them holds text." if request.parts else "",
+            code=Exit.DATA,
+        )
     return stage, writer, bytes_read
 
 
@@ -426,7 +430,7 @@ def open_writer(
 
 def _known_bytes(plan: Plan) -> float | None:
     """Bytes of text behind a plan when the files tell."""
-    units = plan.units[plan.first_unit : plan.stop_unit]
+    units = plan.own_units
     plain = all(unit.format in ("text", "python") and not unit.compression and unit.size >= 0 for unit in units)
     return float(estimated_bytes(plan)) if plain else None
 
@@ -543,7 +547,7 @@ class HashSet:
 def _manifest(plan: Plan, tokenizer: Tokenizer, writer: SetWriter, stage: EncodingStage) -> Manifest:
     entries = [line.entry for line in writer.committed]
     request = plan.request
-    units = plan.units[plan.first_unit : plan.stop_unit]
+    units = plan.own_units
     limits = {key: getattr(request, key) for key in ("min_chars", "max_chars", "dedup", "max_documents", "max_tokens")}
     source = dict(plan.source)
     source |= {"files": len(units), "stored_bytes": estimated_bytes(plan), "text_column": request.text_column}

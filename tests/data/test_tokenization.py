@@ -21,10 +21,14 @@ import pytest
 from lmcore import storage
 from lmcore.data import readers, tokenization
 from lmcore.data.manifest import MANIFEST, read_manifest
+from lmcore.data.merge import merge
 from lmcore.data.plan import TokenizeConfig, order_units, part_range, read_plan
+from lmcore.data.readers import Place
+from lmcore.data.repair import retokenize
 from lmcore.data.sources import Unit
 from lmcore.data.tokenization import HashSet, tokenize
 from lmcore.data.tokenizer import Tokenizer
+from lmcore.data.validate import validate
 from lmcore.errors import Exit, LmError
 
 TEXTS = corpora.texts(400)
@@ -347,10 +351,10 @@ def test_parts_cover_the_plan_in_order(parts: int) -> None:
     chooser = random.Random(parts)
     units = [Unit(f"/{k}", "text", chooser.choice([0, 1, 10, 1000, -1])) for k in range(20)]
     ranges = [part_range(units, part, parts) for part in range(1, parts + 1)]
-    assert ranges[0][0] == 0
-    assert ranges[-1][1] == 20
+    assert ranges[0][0] == Place(0)
+    assert ranges[-1][1] == Place(20)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-    assert all(first < stop for first, stop in ranges)
+    assert all(start.unit < stop.unit for start, stop in ranges)
     with pytest.raises(LmError, match="at most 20 parts"):
         part_range(units, 1, 21)
 
@@ -362,6 +366,50 @@ def test_parts_one_after_the_other_are_the_whole_stream(corpus: Path, small: Pat
         tokenize(config(corpus, small, part=part, parts=3), tmp_path / f"part-{part}")
         streams.append(corpora.stream_of(tmp_path / f"part-{part}"))
     assert np.array_equal(np.concatenate(streams), corpora.stream_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "both"])
+@pytest.mark.parametrize("parts", [2, 5])
+def test_large_files_are_cut_into_parts(
+    kind: str, parts: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More parts than files: the documents and their rows are those of the whole, through an interruption, too."""
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 20_000)
+    if kind != "jsonl":
+        corpora.write_parquet(tmp_path / "in" / "a.parquet", TEXTS[:130], group=23)
+    if kind != "parquet":
+        lines = [json.dumps({"text": text}) for text in TEXTS]
+        lines[5], lines[40], lines[41] = lines[5] + "\r", "", "  "  # blank lines count as rows
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "b.jsonl").write_bytes("\n".join(lines).encode())
+    wanted = config(tmp_path / "in", small)
+    tokenize(wanted, tmp_path / "whole")
+    for part in range(1, parts + 1):
+        tokenize(config(tmp_path / "in", small, part=part, parts=parts), tmp_path / f"part-{part}")
+    merged = merge([tmp_path / f"part-{part}" for part in range(1, parts + 1)], tmp_path / "merged")
+    assert np.array_equal(corpora.stream_of(tmp_path / "merged"), corpora.stream_of(tmp_path / "whole"))
+    assert corpora.documents_of(tmp_path / "merged") == corpora.documents_of(tmp_path / "whole")
+    assert merged.source == read_manifest(tmp_path / "whole").source | {"parts": parts}
+    assert validate(tmp_path / "merged").ok
+
+    again = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "append_json_line", _dying(storage.append_json_line, [1], KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(config(tmp_path / "in", small, part=2, parts=parts, shard_tokens=2048), again)
+    tokenize(config(tmp_path / "in", small, part=2, parts=parts, shard_tokens=2048), again)
+    assert np.array_equal(corpora.stream_of(again), corpora.stream_of(tmp_path / "part-2"))
+    assert corpora.documents_of(again) == corpora.documents_of(tmp_path / "part-2")
+    retokenize(again, [0, len(read_manifest(again).shards) - 1])
+
+
+def test_what_cannot_be_cut_is_said(small: Path, tmp_path: Path) -> None:
+    corpora.write_jsonl(tmp_path / "a.jsonl", TEXTS[:10])
+    with pytest.raises(LmError, match=r"at most 1 parts: at files, at row groups of parquet, and every 8 MiB of JSONL"):
+        tokenize(config(tmp_path / "a.jsonl", small, part=1, parts=2), tmp_path / "x")
+    assert not (tmp_path / "x" / "plan.json").exists()
+    with pytest.raises(ValueError, match="a part knows nothing of the documents of the others"):
+        config(tmp_path / "a.jsonl", small, part=1, parts=2, dedup=True)
 
 
 def test_hash_set_equals_a_python_set() -> None:
