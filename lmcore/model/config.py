@@ -86,8 +86,8 @@ class MambaConfig(Config):
     """Experts per token in routed Mamba."""
     balance_weight: float = Field(1e-3, ge=0)
     """Weight of the balance loss of routed Mamba."""
-    kernels: Literal["torch", "mamba-ssm"] = "torch"
-    """The scan for training on CUDA: pure torch, or the Triton kernels of the package mamba-ssm."""
+    kernels: Literal["torch", "mamba-ssm", "fla"] = "torch"
+    """The scan of several tokens on CUDA: pure torch, or Triton kernels of mamba-ssm or of flash-linear-attention."""
 
 
 class ResonanceConfig(Config):

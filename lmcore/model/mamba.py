@@ -26,6 +26,7 @@ Shapes: B batch, T time, D width, H heads of P channels, N state size, G groups 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,11 +110,11 @@ class Mamba(Owner):
         acc = wide(x.dtype)
         u, b, c = F.silu(xbc).split([self.inner, shared // 2, shared // 2], -1)
         u = u.unflatten(-1, (self.heads, self.head_dim))
-        b, c = (t.unflatten(-1, (self.groups, self.d_state)).to(acc) for t in (b, c))
+        b, c = (t.unflatten(-1, (self.groups, self.d_state)) for t in (b, c))
         dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc))
         if positions.ragged:
             dt = dt * positions.valid[..., None]
-        y, scan = self._scan(u.to(acc), dt, b, c, None if state is None else state.scan)
+        y, scan = self._scan(u, dt, b, c, None if state is None else state.scan)
         y = y.to(x.dtype) + self.D.to(x.dtype)[:, None] * u
         y = self._gated_norm(y.flatten(-2) * F.silu(z))
         if self.router is None:
@@ -135,9 +136,10 @@ class Mamba(Owner):
         return parts.flatten(-2) * self.norm.weight.to(y.dtype)
 
     def _scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a = -self.A_log.to(x.dtype).exp()
-        if self.kernels == "mamba-ssm" and x.is_cuda and x.dtype != torch.float64 and x.shape[1] > 1:
-            return _kernel_scan(x, dt, a, b, c, self.chunk, state)
+        a = -self.A_log.to(dt.dtype).exp()
+        if self.kernels != "torch" and x.is_cuda and x.dtype != torch.float64 and x.shape[1] > 1:
+            return kernel_scan(self.kernels, x, dt, a, b, c, self.chunk, state)
+        x, b, c = (t.to(dt.dtype) for t in (x, b, c))
         if state is not None and x.shape[1] == 1:
             return step(x * dt[..., None], dt * a, b, c, state)
         return chunked_scan(x * dt[..., None], dt * a, b, c, self.chunk, state)
@@ -201,18 +203,36 @@ def chunked_scan(
     return y[:, :steps], h.flatten(1, 2)
 
 
-def _kernel_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, state: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The Triton kernels of mamba-ssm; the same function as `chunked_scan`."""
+PACKAGES = {
+    "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
+    "fla": ("fla.ops.simple_gla", "chunk_simple_gla"),
+}
+"""Where each choice of `mamba.kernels` finds its function."""
+
+
+def kernel_scan(
+    kernels: str, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan(x dt, dt a, b, c, chunk, state)` by the Triton kernels of a package; a: (H,) < 0.
+
+    x, b and c may be in 16 bits: the kernels multiply in that dtype and sum in fp32. mamba-ssm takes the same
+    arguments. fla's simple gated linear attention, S <- exp(g) S + k^T v, y = q S, is the same recurrence with
+    q = c, k = b, v = x dt, g = dt a, without its scale, with S = h^T and with q and k for every head.
+    """
+    module, function = PACKAGES[kernels]
     try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
+        scan = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
         raise LmError(
-            "model.mamba.kernels is mamba-ssm, but the package mamba-ssm cannot be imported.",
-            hint="Install it, or set model.mamba.kernels=torch.",
+            f"model.mamba.kernels is {kernels}, but {module}.{function} cannot be imported ({error}).",
+            hint="Install the package, or set model.mamba.kernels=torch.",
         ) from error
-    y, last = mamba_chunk_scan_combined(
-        x, dt, a, b, c, chunk_size=max(chunk, 16), initial_states=state, return_final_states=True
-    )
-    return y, last
+    if kernels == "mamba-ssm":
+        size = max(16, 1 << (chunk - 1).bit_length())  # Triton wants powers of two
+        y, last = scan(x, dt, a, b, c, chunk_size=size, initial_states=state, return_final_states=True)
+        return y, last
+    b, c = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (b, c))
+    before = None if state is None else state.mT.contiguous()
+    v = (x * dt[..., None]).to(x.dtype)
+    y, last = scan(c, b, v, dt * a, scale=1.0, initial_state=before, output_final_state=True)
+    return y, last.mT

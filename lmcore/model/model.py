@@ -327,8 +327,8 @@ class LanguageModel(nn.Module):
         """Call once after each optimizer step: moves the selection biases of experts and reports their utilisation.
 
         all_reduce: sums an int64 tensor in place over all devices. Returns (routers,) tensors: `router/entropy` (of
-        the load, / ln E; 1 is even), `router/max_load` (largest / mean) and `router/dead` (share of experts without a
-        token).
+        the load, / ln E; 1 is even), `router/cv` (standard deviation / mean), `router/max_load` (largest / mean) and
+        `router/dead` (share of experts without a token).
         """
         routers = self.routers
         if not routers:

@@ -72,16 +72,23 @@ def expert_of(moe: MoE, index: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def load_metrics(loads: list[Tensor]) -> dict[str, Tensor]:
-    """Utilisation of each router from the tokens that its experts served: entropy / ln E, max / mean, unused share.
+    """Utilisation of each router from the tokens that its experts served: entropy / ln E, coefficient of variation,
+    max / mean, unused share.
 
-    (routers,) each. Balanced: 1, 1, 0. Collapsed onto one expert: 0, E, 1 - 1/E.
+    (routers,) each. Balanced: 1, 0, 1, 0. Collapsed onto one expert: 0, sqrt(E - 1), E, 1 - 1/E.
     """
     if not loads:
         return {}
-    entropy, peak, dead = [], [], []
+    entropy, variation, peak, dead = [], [], [], []
     for load in loads:
         f = load.double() / load.sum().clamp(min=1)
         entropy.append(-(f * f.clamp(min=1e-300).log()).sum() / math.log(max(len(load), 2)))
+        variation.append((f * len(load) - 1).square().mean().sqrt())
         peak.append(f.max() * len(load))
         dead.append((load == 0).double().mean())
-    return {"entropy": torch.stack(entropy), "max_load": torch.stack(peak), "dead": torch.stack(dead)}
+    return {
+        "entropy": torch.stack(entropy),
+        "cv": torch.stack(variation),
+        "max_load": torch.stack(peak),
+        "dead": torch.stack(dead),
+    }

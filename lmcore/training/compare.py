@@ -20,11 +20,16 @@ was not computed but filled in: its cost does not depend on what it holds.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ import torch
 
 from lmcore import storage
 from lmcore.config import merge
-from lmcore.errors import LmError
+from lmcore.errors import Exit, LmError
 from lmcore.model.attention import KVCache
 from lmcore.model.model import LanguageModel
 from lmcore.model.plan import plan_model
@@ -42,6 +47,8 @@ from lmcore.training.config import RunConfig, read_preset
 
 RESULTS = "compare.json"
 PROBE_STEPS = 4
+GRACE_S = 10
+"""How long after the death of `lm compare` its training goes on before it is told to stop."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,7 @@ def compare(
     found: list[Contestant] = []
     for number, preset in enumerate(presets, 1):
         progress.note(f"{names[number - 1]} ({number} of {len(presets)})")
-        # A process of its own, started anew: its peak memory is that of this model.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            contestant = pool.submit(_contest, preset, out, typed, budget, tuple(decode_lengths)).result()
+        contestant = _apart(_contest, preset, out, typed, budget, tuple(decode_lengths))
         found.append(contestant)
         score = contestant.bits_per_byte or contestant.loss
         unit = "bits/byte" if contestant.bits_per_byte is not None else "nats/token"
@@ -112,6 +117,53 @@ def compare(
             progress.note(f"  {score:.4f} {unit} after {contestant.tokens:,} tokens, {contestant.seconds:.0f} s")
     storage.write_json(out / RESULTS, {"budget": asdict(budget), "contestants": [asdict(c) for c in found]})
     return found
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a process of its own, started anew, so that its peak memory is its own.
+
+    When this process is killed, the other one ends as well: training saves and stops, as on a signal.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise LmError(
+            f"the process that trains ended without a result (exit code {process.exitcode}).",
+            hint="-9 is the system's answer to too little memory. The same command goes on where it stopped.",
+            code=Exit.IO,
+        ) from None
+    finally:
+        process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _work(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    answer: tuple[Any, Exception | None]
+    try:
+        answer = (function(*arguments), None)
+    except Exception as error:
+        if not isinstance(error, LmError):
+            error.add_note(traceback.format_exc())  # the traceback itself does not travel
+        answer = (None, error)
+    with contextlib.suppress(BrokenPipeError):
+        sender.send(answer)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(GRACE_S)  # a signal to the whole group has come here too, and a second one would not let it save
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _contest(

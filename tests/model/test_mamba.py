@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from test_model import randomise
 
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
-from lmcore.model.mamba import Mamba, chunked_scan, step
+from lmcore.model.mamba import PACKAGES, Mamba, chunked_scan, kernel_scan, step
 from lmcore.model.model import LanguageModel
 from lmcore.model.rotary import Positions
 
@@ -104,12 +107,97 @@ def test_initial_memories_are_between_ten_and_a_thousand_steps():
     assert 1 <= mixer.A_log.exp().min() <= mixer.A_log.exp().max() <= 16
 
 
-def test_missing_kernels_are_a_sentence():
-    from lmcore.model import mamba
+@pytest.mark.parametrize("kernels", ["mamba-ssm", "fla"])
+def test_missing_kernels_are_a_sentence(kernels, monkeypatch):
+    package = {"mamba-ssm": "mamba_ssm", "fla": "fla"}[kernels]
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    x, a, b, c, _ = scan_problem(torch.float32, steps=4)
+    with pytest.raises(LmError, match=f"kernels is {kernels}, but {package}.* cannot be imported") as caught:
+        kernel_scan(kernels, x, -a, -torch.ones(4), b, c, 64, None)
+    assert "model.mamba.kernels=torch" in caught.value.hint
 
-    problem = scan_problem(torch.float32, steps=4)
-    with pytest.raises(LmError, match="mamba-ssm cannot be imported"):
-        mamba._kernel_scan(problem[0], -problem[1], -torch.ones(4), problem[2], problem[3], 64, None)
+
+def mamba_chunk_scan_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+):
+    """The contract of mamba-ssm 2: x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), states (B, H, P, N)."""
+    assert chunk_size >= 16
+    assert chunk_size & (chunk_size - 1) == 0
+    assert A.shape == (x.shape[2],)
+    assert return_final_states
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3]) if initial_states is None else initial_states
+    return recurrence(x * dt[..., None], dt * A, B, C, state)
+
+
+def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False):
+    """The contract of fla 0.6: q and k (B, T, H, K), v (B, T, H, V), g (B, T, H), states (B, H, K, V)."""
+    assert q.shape == k.shape
+    assert output_final_state
+    size, heads = k.shape[3], k.shape[2]
+    assert heads == v.shape[2]
+    state = v.new_zeros(v.shape[0], heads, size, v.shape[3]) if initial_state is None else initial_state
+    assert state.shape == (v.shape[0], heads, size, v.shape[3])
+    ys = []
+    for t in range(q.shape[1]):
+        state = g[:, t].exp()[..., None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        ys.append((size**-0.5 if scale is None else scale) * (q[:, t, :, :, None] * state).sum(2))
+    return torch.stack(ys, 1), state
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("function", [mamba_chunk_scan_combined, chunk_simple_gla])
+def test_kernels_are_called_as_their_packages_document(function, started, monkeypatch):
+    """Stand-ins written from the signatures of the packages: layouts, scale and states must fit ours."""
+    kernels, module = {v[1]: (k, v[0]) for k, v in PACKAGES.items()}[function.__name__]
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function.__name__: function}))
+    x, a, b, c, h = scan_problem(steps=21)
+    dt, rate, h = -a, -torch.rand(4, dtype=torch.float64), h if started else None
+    expected = chunked_scan(x * dt[..., None], dt * rate, b, c, 8, h)
+    for ours, theirs in zip(kernel_scan(kernels, x, dt, rate, b, c, 50, h), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and the package of the kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernels", ["mamba-ssm", "fla"])
+def test_kernels_equal_the_scan_in_torch(kernels, groups, dtype):
+    pytest.importorskip(PACKAGES[kernels][0])
+    torch.manual_seed(0)
+    x, b, c = (torch.randn(2, 300, n, 64, device="cuda", dtype=dtype) * 0.3 for n in (4, groups, groups))
+    dt, a = torch.rand(2, 300, 4, device="cuda") * 0.1, -torch.rand(4, device="cuda") * 16
+    inputs = [t.requires_grad_() for t in (x, dt, b, c)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y, last = kernel_scan(kernels, inputs[0], inputs[1], a, *inputs[2:], 64, None)
+    truth, end = chunked_scan(exact[0] * exact[1][..., None], exact[1] * a.double(), *exact[2:], 64)
+    gate = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 2e-3, "rtol": 2e-3}
+    torch.testing.assert_close(y.double(), truth, **gate)
+    torch.testing.assert_close(last.double(), end, **gate)
+    more = kernel_scan(
+        kernels, *(t.detach() for t in inputs[:2]), a, *(t.detach() for t in inputs[2:]), 64, last.detach()
+    )
+    again = chunked_scan(exact[0] * exact[1][..., None], exact[1] * a.double(), *exact[2:], 64, end)
+    torch.testing.assert_close(more[0].double(), again[0], **gate)
+    y.float().square().sum().backward()
+    truth.square().sum().backward()
+    for ours, theirs in zip(inputs, exact, strict=True):
+        scale = theirs.grad.abs().max()
+        assert (ours.grad.double() - theirs.grad).abs().max() < 5 * gate["atol"] * scale
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -205,6 +205,7 @@ def test_grouped_product_equals_the_loop_and_its_gradients(dtype):
 def test_utilisation_of_even_and_collapsed_loads():
     metrics = load_metrics([torch.tensor([5, 5, 5, 5]), torch.tensor([0, 20, 0, 0])])
     assert metrics["entropy"].tolist() == pytest.approx([1, 0])
+    assert metrics["cv"].tolist() == pytest.approx([0, 3**0.5])
     assert metrics["max_load"].tolist() == [1, 4]
     assert metrics["dead"].tolist() == [0, 0.75]
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from lmcore.errors import LmError
 from lmcore.model import attention
 from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
-from lmcore.training.compare import Budget, _contest, _steps, compare, decode_speed, filled_state
+from lmcore.training.compare import Budget, _apart, _contest, _steps, compare, decode_speed, filled_state
 
 PRESET = """# a preset for tests
 model: {d_model: 16, num_layers: 1, num_heads: 2, context_length: 16, pattern: %s, mamba: {head_dim: 16}}
@@ -97,6 +102,47 @@ def test_minutes_are_turned_into_steps_by_a_short_measurement(lab, tmp_path):
     found = _contest(preset, tmp_path / "out", typed(lab), Budget(minutes=0.005), ())
     assert found.tokens >= 32
     assert not list((tmp_path / "out").glob(".probe*"))
+
+
+@pytest.mark.slow
+def test_work_apart_returns_raises_or_is_said_to_have_ended():
+    assert _apart(divmod, 7, 2) == (3, 1)
+    with pytest.raises(LmError, match="seven") as caught:
+        _apart(raise_error, "seven")
+    assert caught.value.hint == "eight"
+    with pytest.raises(ZeroDivisionError) as divided:
+        _apart(divmod, 7, 0)
+    assert "Traceback" in divided.value.__notes__[0]
+    with pytest.raises(LmError, match=r"without a result \(exit code 9\)"):
+        _apart(os._exit, 9)
+
+
+def raise_error(message):
+    raise LmError(message, hint="eight")
+
+
+@pytest.mark.slow
+def test_work_apart_ends_when_its_parent_is_killed(tmp_path):
+    """Training would go on for hours, and a finished worker would wait for ever."""
+    note = tmp_path / "pid"
+    script = (
+        "import sys\n"
+        "from lmcore.training.compare import _apart\n"
+        "if __name__ == '__main__':\n"
+        "    code = 'import os, time; open(%r, \"w\").write(str(os.getpid())); time.sleep(60)' % sys.argv[1]\n"
+        "    _apart(exec, code)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(note)])
+    while not (note.is_file() and note.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    worker = int(note.read_text())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 50
+    while os.path.exists(f"/proc/{worker}/stat") and " Z " not in Path(f"/proc/{worker}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
