@@ -2,9 +2,9 @@
 
     python benchmarks/experts.py [--device cuda] [--tokens 64 1024 8192] [--threads 1]
 
-Each line is one pair of products of a SwiGLU expert (w13 and w2) on tokens of random routing, top-2. The two ways take
-turns; medians of both (on a CPU: of processor time) and their ratio (below 1: grouped is faster). `grouped_linear` in lmcore/model/routing.py holds
-the rule that follows from it.
+Each line is one pair of products of a SwiGLU expert (w13 and w2) on tokens of random routing, top-2. The two ways
+take turns; medians of both (on a CPU: of processor time) and their ratio (below 1: grouped is faster). The rule that
+follows from it is `grouped_linear` in lmcore/model/routing.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lmcore.config import build
 from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
+from lmcore.optim.optimizer import build_optimizer
 from lmcore.training.config import RunConfig, preset_names, read_preset
 
 TINY = sorted(name for name, _ in preset_names() if name.startswith("tiny-"))
@@ -38,6 +40,42 @@ def test_big_presets_have_the_size_that_their_first_line_says(name):
     assert float(said[1]) == pytest.approx(count / {"M": 1e6, "B": 1e9}[said[2]], rel=0.01)
     if config.model.context_length == 32_768:
         assert config.model.pattern == "F"
+
+
+def narrow(config):
+    """The same layers, experts, heads ahead and kernels in a width that trains in a second."""
+    fields = config.model_dump() | {"vocab_size": 300, "context_length": 64, "rope_theta": 1e4}
+    fields |= {"d_model": 96, "head_dim": 8, "d_ff": 96, "window": min(config.window, 16)}
+    fields["moe"] |= {"d_expert": 16}
+    fields["mamba"] |= {"d_state": 8, "head_dim": 16, "chunk_size": 16}
+    fields["resonance"] |= {"num_kernels": config.num_heads}
+    return ModelConfig(**fields)
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_big_presets_train_in_a_narrow_version(name):
+    _, raw = read_preset(name)
+    config = build(RunConfig, {**raw, "model": {**raw["model"], "vocab_size": 300}})
+    small = narrow(config.model)
+    assert small.layers == config.model.layers
+    model = LanguageModel(small).train()
+    model.checkpoint_every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+    table = model.parameter_table()
+    optimizer = build_optimizer(table, config.optim, total_steps=10)
+    tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
+    seen = []
+    for step in range(2):
+        losses = model.loss(tokens[:, :-1], tokens[:, 1:])
+        losses.objective().backward()
+        assert all(info.parameter.grad is not None and info.parameter.grad.isfinite().all() for info in table)
+        optimizer.step(step)
+        optimizer.zero_grad()
+        model.after_step()
+        seen.append(losses.main.sum.item())
+    assert all(math.isfinite(loss) for loss in seen)
+    if config.model.mtp.depths:
+        assert config.model.mtp.depths == 3  # the next token and three further ones
+        assert {"mtp_1", "mtp_2", "mtp_3"} <= losses.terms.keys()
 
 
 @pytest.mark.parametrize("name", TINY)
