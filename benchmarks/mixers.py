@@ -1,12 +1,12 @@
 """Training time and memory of every mixer from 2,048 to 32,768 tokens of context.
 
-    python benchmarks/mixers.py [--lengths 2048 4096 8192 16384 32768] [--width 64] [--layers 2] [--plot
-    docs/mixers.png] python benchmarks/mixers.py --layers 16 --lengths 32768 --recompute        a whole step at 32k,
-    block by block
+    python benchmarks/mixers.py --plot docs/mixers.png
+    python benchmarks/mixers.py --layers 16 --lengths 32768 --recompute --mixers AWMRF --memory     a whole step at 32k
 
 One sequence, forward and backward of mixer blocks without feed-forwards, each (mixer, length) in a process of its own
 so that peak memory is its own. Time is that of the processor (one thread), which other work on the machine hardly
-changes. The slope is the exponent of time in length: 1 is linear, 2 quadratic.
+changes. The slope is the exponent of time in length: 1 is linear, 2 quadratic. Planned memory is what `lm plan` says
+for activations, temporary tensors and the allocator.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ import subprocess
 import sys
 import time
 
-NAMES = {"A": "attention", "W": "window 1024", "M": "Mamba-2", "F": "resonance"}
+NAMES = {"A": "attention", "W": "window 1024", "M": "Mamba-2", "R": "routed Mamba", "F": "resonance"}
 
 
-def measure(letter: str, length: int, width: int, layers: int, repeats: int, recompute: bool) -> dict[str, float]:
+def measure(
+    letter: str, length: int, width: int, layers: int, repeats: int, recompute: bool, dtype: str
+) -> dict[str, float]:
     import torch
 
     from lmcore.model.config import ModelConfig
-    from lmcore.model.memory import trace_pass
     from lmcore.model.model import LanguageModel
+    from lmcore.training.config import RunConfig, TrainConfig
+    from lmcore.training.device import DTYPES
+    from lmcore.training.plan import Target, meta_optimizer, plan_memory
 
     config = ModelConfig(
         vocab_size=256,
@@ -45,7 +49,7 @@ def measure(letter: str, length: int, width: int, layers: int, repeats: int, rec
     )
     torch.set_num_threads(1)
     model = LanguageModel(config)
-    model.compute_dtype = torch.bfloat16
+    model.compute_dtype = DTYPES[dtype]
     model.checkpoint_every = int(recompute)
     tokens = torch.randint(0, 256, (1, length + 1))
     model.loss(tokens[:, :64], tokens[:, 1:65]).objective().backward()  # libraries load what they need, gradients exist
@@ -56,11 +60,14 @@ def measure(letter: str, length: int, width: int, layers: int, repeats: int, rec
         model.loss(tokens[:, :-1], tokens[:, 1:]).objective().backward()
         times.append(time.process_time() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan = trace_pass(config, rows=1, dtype=torch.bfloat16, checkpoint_every=int(recompute))
+    train = TrainConfig(steps=1, batch_tokens=length, activation_checkpointing="full" if recompute else "none")
+    run = RunConfig(model=config, train=train)
+    parts = plan_memory(run, Target("cpu", "cpu", dtype, None, None, ""), meta_optimizer(run)[0]).parts
+    planned = sum(parts.get(name, 0) for name in ("activations", "temporary", "allocator"))
     return {
         "seconds": statistics.median(times[repeats > 1 :]),
         "mb": (peak - before) / 1024,
-        "planned_mb": plan.peak / 2**20,
+        "planned_mb": planned / 2**20,
     }
 
 
@@ -77,29 +84,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--recompute", action="store_true", help="recompute every block in the backward pass")
+    parser.add_argument("--memory", action="store_true", help="memory only: the time is that of the slower allocator")
+    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--plot", help="file for the plot, .png or .svg")
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--one", nargs=2, metavar=("MIXER", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         letter, length = options.one
-        size = (options.width, options.layers, options.repeats, options.recompute)
+        size = (options.width, options.layers, options.repeats, options.recompute, options.dtype)
         print(json.dumps(measure(letter, int(length), *size)))
         return
 
     import torch
 
-    print(f"torch {torch.__version__}, bf16, 1 thread, width {options.width}, {options.layers} layers")
+    print(f"torch {torch.__version__}, {options.dtype}, 1 thread, width {options.width}, {options.layers} layers")
     found: dict[str, dict[int, dict[str, float]]] = {letter: {} for letter in options.mixers}
     for length in options.lengths:
         for letter in options.mixers:
             command = [sys.executable, __file__, "--one", letter, str(length), f"--width={options.width}"]
-            command += [f"--layers={options.layers}", f"--repeats={options.repeats}"]
+            command += [f"--layers={options.layers}", f"--repeats={options.repeats}", f"--dtype={options.dtype}"]
             command += ["--recompute"] if options.recompute else []
             # Time and memory apart: glibc keeps freed blocks below 32 MB in a fragmented heap (3x at width 64); with a
             # small threshold it returns them, which costs time.
-            result = run(command, {})
             tight = run(command, {"MALLOC_MMAP_THRESHOLD_": "262144"})
+            result = tight if options.memory else run(command, {})
             result |= {"mb": tight["mb"], "planned_mb": tight["planned_mb"]}
             found[letter][length] = result
             rate = length / result["seconds"]

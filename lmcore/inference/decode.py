@@ -69,6 +69,7 @@ class Decoder:
         # Depth routing computes on any number of tokens, none among them, which oneDNN refuses.
         packed = [self.packs and isinstance(block, Block) for block in model.blocks]
         self.blocks = [_packed_copy(block) if pack else block for block, pack in zip(model.blocks, packed, strict=True)]
+        self.ahead = [_packed_copy(head) if self.packs else head for head in model.mtp]
         self.head = self._linear(model.head_weight[: config.vocab_size])
         self.fast = [_is_plain(block) for block in self.blocks]
         self.rope: tuple[Tensor, Tensor] | None = None

@@ -42,7 +42,7 @@ class Speculator:
         device = self.model.embedding.weight.device
         room = capacity + self.depths + 1
         self.state = self.model.init_state(1, room)
-        self.drafter = Drafter(self.model, 1, room)
+        self.drafter = Drafter(self.model, 1, room, logits=self.decoder.logits, heads=self.decoder.ahead)
         self.position = len(read)
         tokens = torch.tensor([[*read, context[-1]]], device=device)
         for begin in range(0, len(read), piece):
@@ -66,7 +66,7 @@ class Speculator:
         tokens = torch.tensor([[context[-1], *drafts]], device=device)
         before = self.state.snapshot()
         hidden = self.decoder.read(tokens, self.state)  # (1, 1 + n, D)
-        logits = self.model.logits(hidden[0])
+        logits = self.decoder.logits(hidden[0])
         self.passes += 1
         self.drafted += len(drafts)
         settled = 0

@@ -183,16 +183,18 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         state: DecodeState | None = None,
+        head: nn.Module | None = None,
     ) -> Tensor:
         """Output (B, T, D) of head `depth` (1 = the token after the next); `logits` turns it into predictions.
 
         hidden: (B, T, D) of depth - 1 (0 = `trunk`) at T positions; for the parallel kind always of the trunk.
         tokens: (B, T), at each position i the token i + depth (the parallel kind does not read it).
+        head: computes in place of `mtp[depth - 1]`.
         """
         where = self._positions(tokens, positions, state)
         embedded = self.embedding(tokens, hidden.dtype)
         before = None if state is None else state.layers[0]
-        output, after, _ = self.mtp[depth - 1](hidden, embedded, where, before)
+        output, after, _ = (head or self.mtp[depth - 1])(hidden, embedded, where, before)
         if state is not None:
             state.layers[0] = after
         return output  # type: ignore[no-any-return]

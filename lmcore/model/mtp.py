@@ -30,9 +30,10 @@ from lmcore.model.layers import Linear, RMSNorm
 from lmcore.model.rotary import Positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lmcore.model.model import LanguageModel
+    from lmcore.model.state import DecodeState
 
 
 class SequentialHead(nn.Module):
@@ -76,8 +77,19 @@ class Drafter:
     propose(pick)              (B, depths) drafts for the tokens after the last settled one.
     """
 
-    def __init__(self, model: LanguageModel, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch_size: int,
+        max_length: int,
+        *,
+        logits: Callable[[Tensor], Tensor] | None = None,
+        heads: Sequence[nn.Module] | None = None,
+    ) -> None:
+        """logits, heads: faster forms of `model.logits` and `model.mtp`, when there are some."""
         self.model = model
+        self.logits = logits or model.logits
+        self.heads = heads
         self.states = model.init_draft_states(batch_size, max_length)
         self.tails: list[Tensor] = []  # the newest settled output of each depth, and of the trunk
         self.parallel = model.config.mtp.kind == "parallel"
@@ -95,24 +107,28 @@ class Drafter:
                 continue
             source = hidden if self.parallel else rows
             tokens = following[:, following.shape[1] - source.shape[1] :]
-            rows = self.model.mtp_hidden(depth, source, tokens, state=state)
+            rows = self._read(depth, source, tokens, state)
             tails.append(rows[:, -1:])
         self.tails = tails
 
     def propose(self, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """Drafts (B, depths). pick: logits (B, vocab_size) -> token ids (B,)."""
-        drafts = [pick(self.model.logits(self.tails[1][:, -1]))]
+        drafts = [pick(self.logits(self.tails[1][:, -1]))]
         outer = self.tails[1]  # depth k-1 at its rows that depth k has not read: one settled, then provisional ones
         for depth, state in enumerate(self.states[1:], 2):
             if self.parallel:
-                drafts.append(pick(self.model.logits(self.tails[depth][:, -1])))
+                drafts.append(pick(self.logits(self.tails[depth][:, -1])))
                 continue
             before = state.snapshot()
-            new = self.model.mtp_hidden(depth, outer, torch.stack(drafts, 1), state=state)
+            new = self._read(depth, outer, torch.stack(drafts, 1), state)
             state.restore(before)
-            drafts.append(pick(self.model.logits(new[:, -1])))
+            drafts.append(pick(self.logits(new[:, -1])))
             outer = torch.cat([self.tails[depth], new], 1)
         return torch.stack(drafts, 1)
+
+    def _read(self, depth: int, hidden: Tensor, tokens: Tensor, state: DecodeState) -> Tensor:
+        head = None if self.heads is None else self.heads[depth - 1]
+        return self.model.mtp_hidden(depth, hidden, tokens, state=state, head=head)
 
 
 def accept_drafts(
