@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lmcore.model.config import ModelConfig
+from lmcore.model.config import FEED_FORWARDS, MIXERS, ModelConfig
 from lmcore.model.depth import DepthRouted
 from lmcore.model.model import LanguageModel
 
@@ -26,11 +26,12 @@ def make(depth="m", **changes):
     return model
 
 
-@pytest.mark.parametrize("pattern", ["A", "M", "F"])
-def test_capacity_one_and_gain_one_is_the_plain_block(pattern):
-    mamba = {"head_dim": 8, "d_state": 8}
-    plain = make("-", pattern=pattern, mamba=mamba)
-    routed = make("m", pattern=pattern, mamba=mamba, mod={"capacity": 1.0})
+@pytest.mark.parametrize("ffn", list(FEED_FORWARDS))
+@pytest.mark.parametrize("pattern", list(MIXERS))
+def test_capacity_one_and_gain_one_is_the_plain_block(pattern, ffn):
+    options = {"pattern": pattern, "ffn": ffn, "window": 7, "mamba": {"head_dim": 8, "d_state": 8, "num_experts": 3}}
+    plain = make("-", **options)
+    routed = make("m", **options, mod={"capacity": 1.0})
     with torch.no_grad():
         for block, other in zip(plain.blocks, routed.blocks, strict=True):
             other.block.load_state_dict(block.state_dict())

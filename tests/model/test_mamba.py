@@ -82,8 +82,9 @@ def where(steps):
     return Positions.make(torch.arange(steps)[None], head_dim=8, theta=1e4, dtype=torch.float64, ragged=False)
 
 
-def test_routed_with_one_expert_is_plain():
-    plain, routed = Mamba(small()).double(), Mamba(small(), routed=True).double()
+@pytest.mark.parametrize("options", [{}, {"num_groups": 2}, {"expand": 1}, {"chunk_size": 1, "conv_width": 2}])
+def test_routed_with_one_expert_is_plain(options):
+    plain, routed = Mamba(small(**options)).double(), Mamba(small(**options), routed=True).double()
     randomise(plain)
     with torch.no_grad():
         inner = plain.inner

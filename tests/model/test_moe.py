@@ -49,8 +49,10 @@ def test_equals_a_loop_over_tokens(score):
     assert stats.counts.tolist() == counts
 
 
-def test_identical_experts_with_normalised_weights_are_dense():
-    layer = make(num_experts=8, top_k=3)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [2, 3, 8])
+def test_identical_experts_with_normalised_weights_are_dense(score, top_k):
+    layer = make(num_experts=8, top_k=top_k, score=score)
     with torch.no_grad():
         layer.w13.weight.copy_(layer.w13.weight[:1].expand_as(layer.w13.weight))
         layer.w2.weight.copy_(layer.w2.weight[:1].expand_as(layer.w2.weight))

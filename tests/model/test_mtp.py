@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_laws import VOCAB, make
 
 from lmcore.errors import LmError
+from lmcore.model.config import MIXERS
 from lmcore.model.mtp import Drafter, accept_drafts
 
 
@@ -25,9 +26,9 @@ def outputs(model, tokens):
     return result
 
 
-@pytest.mark.parametrize("pattern", ["A", "M", "F"])
+@pytest.mark.parametrize("pattern", list(MIXERS))
 def test_head_k_sees_k_tokens_ahead_and_no_further(pattern):
-    model = make(pattern=pattern, mtp={"depths": 3, "kind": "sequential"})
+    model = make(pattern=pattern, ffn="e", mtp={"depths": 3, "kind": "sequential"})
     tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[:, 10:] = (changed[:, 10:] + 3) % VOCAB
@@ -36,6 +37,18 @@ def test_head_k_sees_k_tokens_ahead_and_no_further(pattern):
             difference = (before - after).abs().amax((0, 2))
             assert difference[: 10 - k].max() < 1e-12
             assert difference[10 - k] > 1e-6  # position 10 - k reads token 10
+
+
+def test_independent_heads_see_no_further_than_the_trunk():
+    model = make(pattern="AMF", num_layers=3, mtp={"depths": 3, "kind": "parallel"})
+    tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 10:] = (changed[:, 10:] + 3) % VOCAB
+    with torch.no_grad():
+        for before, after in zip(outputs(model, tokens), outputs(model, changed), strict=True):
+            difference = (before - after).abs().amax((0, 2))
+            assert difference[:10].max() < 1e-12
+            assert difference[10] > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
@@ -105,7 +118,8 @@ KINDS = [(kind, depths) for kind in ("sequential", "parallel") for depths in (1,
 
 @pytest.mark.parametrize(("kind", "depths"), KINDS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"pattern": "AW"}, {"pattern": "MF"}, {"pattern": "AR", "depth": "m", "ffn": "e"}]
+    "changes",
+    [{}, {"pattern": "AW"}, {"pattern": "MF"}, {"pattern": "FR"}, {"pattern": "AR", "depth": "m", "ffn": "e"}],
 )
 def test_speculative_greedy_is_greedy(kind, depths, changes):
     model = make(mtp={"depths": depths, "kind": kind}, **changes)
