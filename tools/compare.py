@@ -130,7 +130,7 @@ def _draw(found: list[Contestant], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, max(7.0, 0.8 * len(found))), layout="constrained")
     quality, speed, memory, generation = figure.subplots(2, 2).flat
     names = [c.name for c in found]
     scored = all(c.bits_per_byte is not None for c in found)
@@ -142,9 +142,14 @@ def _draw(found: list[Contestant], path: Path) -> bool:
     speed.set_title("training, tokens per second")
     memory.barh(names, [c.peak_bytes / 2**20 for c in found])
     memory.set_title("training, peak memory in MiB")
-    for c in found:
-        generation.plot(list(c.decode), list(c.decode.values()), marker="o", label=c.name)
+    colours = matplotlib.colormaps["tab20"]
+    for number, c in enumerate(found):
+        drawn = {"marker": "o", "label": c.name, "color": colours(number % colours.N)}
+        generation.plot(list(c.decode), list(c.decode.values()), **drawn)
     generation.set_xscale("log", base=2)
+    lengths = list(found[0].decode)
+    generation.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    generation.set_ylim(bottom=0)
     generation.set_title("generation, tokens per second by context")
     generation.legend(fontsize=7)
     for axes in (quality, speed, memory):

@@ -174,11 +174,13 @@ def count(ids: Tensor, num_experts: int) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of x times the matrix of their expert. x: (M, in) sorted by expert; weight: (E, out, in); counts: (E,).
 
-    `grouped` where it applies (16- and 32-bit floats, rows of a multiple of 16 bytes) and pays, else `looped`.
+    `grouped` where it applies (16- and 32-bit floats, rows of a multiple of 16 bytes), else `looped`. Measured
+    (benchmarks/experts.py, AMD EPYC with AVX2, fp32, one thread, 1 to 4,096 tokens, 8 to 64 experts): forward and
+    backward 0.45 to 1.05 of the loop's time, forward 0.83 to 1.15; and the counts need not come to the host.
     """
     weight = weight.to(x.dtype)
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[0] > weight.shape[0]:
+    if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[0]:
         return grouped(x, weight, counts)
     return looped(x, weight, counts)
 
@@ -192,4 +194,5 @@ def looped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The definition: one product for each expert that has work."""
     sizes: list[int] = counts.tolist()
     parts = zip(x.split(sizes), weight.unbind(0), sizes, strict=True)
-    return torch.cat([F.linear(rows, matrix) for rows, matrix, size in parts if size])
+    made = [F.linear(rows, matrix) for rows, matrix, size in parts if size]
+    return torch.cat(made) if made else x @ weight[0].mT

@@ -204,6 +204,17 @@ def test_grouped_product_equals_the_loop_and_its_gradients(dtype):
         torch.testing.assert_close(one.grad.double(), other.grad, atol=5 * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[0, 1, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0], [1, 1, 1, 0]])
+def test_few_or_no_tokens(counts, dtype):
+    x, weight = torch.randn(sum(counts), 16).to(dtype), torch.randn(4, 8, 16).to(dtype)
+    expected = [x[row] @ weight[e].T for row, e in enumerate(e for e, n in enumerate(counts) for _ in range(n))]
+    result = grouped_linear(x, weight, torch.tensor(counts))
+    assert result.shape == (sum(counts), 8)
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+
+
 def test_utilisation_of_even_and_collapsed_loads():
     metrics = load_metrics([torch.tensor([5, 5, 5, 5]), torch.tensor([0, 20, 0, 0])])
     assert metrics["entropy"].tolist() == pytest.approx([1, 0])
