@@ -19,16 +19,26 @@ datatrove, whose workers do not report theirs).
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
+import html
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+
+PROSE = (".html", ".htm", ".txt", ".rst", ".md", ".pod", ".texi", ".dict")
+CODE = (".py", ".c", ".h", ".lisp", ".el")
+CODE_SHARE = 0.25
+PAGE_CHARS = 4000
 
 CASES = ("bare", "ours", "plain", "datatrove", "dolma")
 
@@ -36,7 +46,8 @@ CASES = ("bare", "ours", "plain", "datatrove", "dolma")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder of parquet files with a column 'text'")
-    parser.add_argument("--make-corpus", type=Path, help="make such a folder from the .py files of this environment")
+    parser.add_argument("--make-corpus", type=Path, help="make such a folder from the texts in --trees")
+    parser.add_argument("--trees", type=Path, nargs="+", help="folders with documentation and code")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; trained on the corpus if absent")
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
@@ -48,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make_corpus:
-        make_corpus(options.make_corpus)
+        make_corpus(options.make_corpus, options.trees)
     elif options.case:
         print(json.dumps(globals()[f"run_{options.case}"](options)))
     else:
@@ -99,28 +110,68 @@ def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespa
 # ---------------------------------------------------------------------------------------- corpus
 
 
-def make_corpus(folder: Path) -> None:
-    """Four parquet files (zstd, groups of 1,000 rows) with the .py files of the interpreter and of site-packages."""
+def make_corpus(folder: Path, trees: list[Path]) -> None:
+    """Parquet files (zstd, groups of 1,000 rows, as on the Hub) of the prose in some trees and a quarter of code:
+    HTML without its markup, long texts cut at a blank line, equal pages once, the order shuffled."""
     import random
 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = []
-    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
-        for path in sorted(Path(root).rglob("*.py")):
-            try:
-                texts.append(path.read_text("utf-8"))
-            except (UnicodeDecodeError, OSError):
-                continue
-    texts = [text for text in texts if text]
-    random.Random(0).shuffle(texts)
+    pages: dict[str, list[str]] = {"prose": [], "code": []}
+    seen: set[bytes] = set()
+    for tree in trees:
+        for path in sorted(path for path in tree.rglob("*") if path.is_file() and not path.is_symlink()):
+            kind, text = text_of(path)
+            for page in cut(text):
+                digest = hashlib.sha256(page.encode()).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    pages[kind].append(page)
+    shuffle = random.Random(0).shuffle
+    shuffle(pages["code"])
+    room = sum(map(len, pages["prose"])) * CODE_SHARE / (1 - CODE_SHARE) or float("inf")
+    for page in pages["code"]:
+        room -= len(page)
+        if room > 0:
+            pages["prose"].append(page)
+    texts = pages["prose"]
+    shuffle(texts)
     folder.mkdir(parents=True, exist_ok=True)
-    each = len(texts) // 4 + 1
-    for number in range(4):
+    each = len(texts) // 8 + 1
+    for number in range(8):
         table = pa.table({"text": texts[number * each : (number + 1) * each]})
         pq.write_table(table, folder / f"part-{number}.parquet", compression="zstd", row_group_size=1000)
     print(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB in {folder}")
+
+
+def text_of(path: Path) -> tuple[str, str]:
+    """("prose" or "code", text); "" for what is neither."""
+    name = path.name.removesuffix(".gz").removesuffix(".dz")
+    suffix = Path(name).suffix
+    man = path.parent.name.startswith("man") and path.suffix == ".gz"
+    if not man and suffix not in (*PROSE, *CODE):
+        return "prose", ""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
+        text = raw.decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return "prose", ""
+    if suffix in (".html", ".htm"):
+        text = html.unescape(
+            re.sub(r"<[^>]*>", "", re.sub(r"(?is)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text))
+        )
+    return "code" if suffix in CODE else "prose", re.sub(r"\n\s*\n", "\n\n", text).strip()
+
+
+def cut(text: str) -> Iterator[str]:
+    """Pages of a text: as long as those of the web are on average, each ending before a blank line."""
+    begin = 0
+    while begin < len(text):
+        end = text.find("\n\n", begin + PAGE_CHARS)
+        end = len(text) if end < 0 else end
+        yield text[begin:end]
+        begin = end + 2
 
 
 def train(corpus: Path, scratch: Path, vocab_size: int) -> Path:

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -45,6 +46,8 @@ DELETED = ".del-"
 LOCK = ".lock"
 _OURS = re.compile(r"\.(?:tmp|del)-[0-9]+-[0-9a-f]{8}-.*", re.DOTALL)
 _READ_BYTES = 1 << 20
+_UNCACHED_BYTES = 16 << 20  # smaller files are written through the page cache in any case
+_BLOCK_BYTES = 4 << 20  # of one write past it
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,21 @@ class FileDigest:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write_file(path: PathLike, chunks: Buffer | Iterable[Buffer], *, size: int | None = None) -> FileDigest:
+def write_file(
+    path: PathLike, chunks: Buffer | Iterable[Buffer], *, size: int | None = None, cached: bool = True
+) -> FileDigest:
     """Replace `path` atomically and durably; return size and sha256 of what was written.
 
     size: the total number of bytes when known; reserves the space first, so that a full disk shows before any byte
-    is written. A link of this name is replaced, never written through. Raises LmError (73 or 74) and leaves no
-    temporary behind.
+    is written. cached: False sends a large file of known size past the page cache where the system can do that, which
+    saves the kernel a copy into fresh memory. A link of this name is replaced, never written through. Raises LmError
+    (73 or 74) and leaves no temporary behind.
     """
     path = _named(path)
     temporary = _beside(path, TEMPORARY)
     try:
         try:
-            digest = _create(temporary, chunks, size)
+            digest = _create(temporary, chunks, size, cached)
             os.replace(temporary, path)
             _fsync_directory(path.parent)
         except BaseException:
@@ -84,7 +90,7 @@ def write_file(path: PathLike, chunks: Buffer | Iterable[Buffer], *, size: int |
 def create_file(path: PathLike, chunks: Buffer | Iterable[Buffer], *, size: int | None = None) -> FileDigest:
     """Write and fsync a new file in place: for files inside a `.tmp-*` directory that is committed as a whole."""
     try:
-        return _create(Path(path), chunks, size)
+        return _create(Path(path), chunks, size, cached=True)
     except OSError as error:
         raise _write_failed(error, Path(path), size) from error
 
@@ -438,7 +444,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _create(path: Path, chunks: Buffer | Iterable[Buffer], size: int | None) -> FileDigest:
+def _create(path: Path, chunks: Buffer | Iterable[Buffer], size: int | None, cached: bool) -> FileDigest:
     if isinstance(chunks, bytes | bytearray | memoryview):
         size = memoryview(chunks).nbytes
         chunks = [chunks]
@@ -448,19 +454,58 @@ def _create(path: Path, chunks: Buffer | Iterable[Buffer], size: int | None) -> 
     try:
         if size:
             _reserve(descriptor, size)
-        for chunk in chunks:
-            view = memoryview(chunk)
-            if view.nbytes:  # an empty array cannot be cast
-                view = view.cast("B")
-                digest.update(view)
-                _write_all(descriptor, view)
-                written += len(view)
+        direct = not cached and size is not None and size >= _UNCACHED_BYTES and _set_direct(descriptor, True)
+        for view in _blocks(chunks) if direct else map(_as_bytes, chunks):
+            digest.update(view)
+            if direct and len(view) % mmap.PAGESIZE:
+                _set_direct(descriptor, False)  # the end of the file
+            _write_all(descriptor, view)
+            written += len(view)
         if size is not None and written != size:
             raise ValueError(f"{path}: {written} bytes written, {size} announced")
         _fsync(descriptor)
     finally:
         os.close(descriptor)  # close can report an error too (network file systems): it must not be swallowed
     return FileDigest(written, digest.hexdigest())
+
+
+def _as_bytes(chunk: Buffer) -> memoryview:
+    view = memoryview(chunk)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty array cannot be cast
+
+
+def _blocks(chunks: Iterable[Buffer]) -> Iterator[memoryview]:
+    """The same bytes in blocks that begin on a page of memory and of the file, as direct writes must; only the last one
+    may end elsewhere. Each block lies where the one before it lay."""
+    block = memoryview(mmap.mmap(-1, _BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    filled = 0
+    for chunk in chunks:
+        view = _as_bytes(chunk)
+        while view:
+            count = min(len(block) - filled, len(view))
+            block[filled : filled + count] = view[:count]
+            view, filled = view[count:], filled + count
+            if filled == len(block):
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Switch writing past the page cache on or off; whether that changed anything (a file system may not have it)."""
+    flag = getattr(os, "O_DIRECT", 0)  # absent on macOS
+    before = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    after = before | flag if wanted else before & ~flag
+    if after == before:
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, after)
+    except OSError:
+        if wanted:
+            return False
+        raise
+    return True
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -476,7 +521,13 @@ def _reserve(descriptor: int, size: int) -> None:
 def _write_all(descriptor: int, data: Buffer) -> None:
     view = memoryview(data).cast("B")
     while view:  # a write may be short
-        count = os.write(descriptor, view)
+        try:
+            count = os.write(descriptor, view)
+        except OSError as error:
+            # Direct writes have rules of their own: the rest after a short one is not whole pages, say.
+            if error.errno == errno.EINVAL and _set_direct(descriptor, False):
+                continue
+            raise
         if count == 0:
             raise OSError(errno.EIO, "write returned 0")
         view = view[count:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -75,6 +76,59 @@ def test_short_writes_are_continued(tmp_path_factory: pytest.TempPathFactory, da
         storage.append_json_line(folder / "j", {"k": data.hex()})
     assert (folder / "a").read_bytes() == data + data
     assert storage.read_json_lines(folder / "j") == [{"k": data.hex()}]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Files of a few kilobytes past the page cache, too; tells for every write whether it was a direct one."""
+    monkeypatch.setattr(storage, "_UNCACHED_BYTES", 1)
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 8192)
+    direct: list[bool] = []
+    real = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        direct.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)))
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    return direct
+
+
+@pytest.mark.parametrize("lengths", [(1,), (8192,), (100, 8092), (100, 8092, 1), (128, 20000, 0, 7, 5000), (3, 30000)])
+def test_past_the_page_cache_the_file_is_the_same(
+    tmp_path: Path, small_blocks: list[bool], lengths: tuple[int, ...]
+) -> None:
+    parts = [np.random.default_rng(n).integers(0, 256, n, np.uint8) for n in lengths]
+    whole = b"".join(part.tobytes() for part in parts)
+    digest = storage.write_file(tmp_path / "a", [part.data for part in parts], size=len(whole), cached=False)
+    assert (tmp_path / "a").read_bytes() == whole
+    assert digest == storage.FileDigest(len(whole), hashlib.sha256(whole).hexdigest())
+    pages = [True] * (len(whole) // 8192) + [False] * (len(whole) % 8192 > 0)
+    assert small_blocks in (pages, [False] * len(pages))  # the second: a file system that has no direct writes
+
+
+def test_past_the_page_cache_short_and_refused_writes_are_continued(
+    tmp_path: Path, small_blocks: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 50_000, np.uint8).tobytes()
+    write, rng = os.write, np.random.default_rng(1)
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[: rng.integers(1, len(data) + 1)]))
+    storage.write_file(tmp_path / "a", [data], size=len(data), cached=False)
+    assert (tmp_path / "a").read_bytes() == data
+    assert not small_blocks[-1]
+
+
+def test_past_the_page_cache_an_error_is_one_sentence_too(
+    tmp_path: Path, small_blocks: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(LmError, match="the disk is full") as raised:
+        storage.write_file(tmp_path / "a", [bytes(20_000)], size=20_000, cached=False)
+    assert raised.value.code is Exit.IO
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_write_that_writes_nothing_is_an_error_and_no_endless_loop(

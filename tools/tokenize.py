@@ -131,6 +131,9 @@ def command(
     import sys
 
     from lmcore.config import build
+    from lmcore.data.heap import keep_freed_memory
+
+    keep_freed_memory()  # before Arrow is loaded
     from lmcore.data.forecast import forecast
     from lmcore.data.plan import TokenizeConfig
     from lmcore.data.tokenization import Interrupted, available_cores, tokenize

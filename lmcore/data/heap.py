@@ -2,13 +2,15 @@
 
 Batches of a few megabytes come and go, a hundred per second. By default every one of them is mapped anew, zeroed by the
 kernel page by page, and unmapped: by glibc, whose threshold for that starts low, and by Arrow's own allocator, which
-gives memory back after milliseconds. So Arrow is told to use the one heap of the process (`lmcore/data/__init__.py`),
-and that heap to keep more.
+gives memory back after milliseconds. So Arrow is told to use the one heap of the process, and that heap to keep more.
+Arrow reads its environment when it is loaded, and its readers know no other way: whoever streams text
+calls `keep_freed_memory` before the import of what imports Arrow, as `lm tokenize` does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -17,11 +19,14 @@ _KEPT_BYTES = 64 << 20  # at the top of each heap
 
 
 def keep_freed_memory() -> None:
-    """Let freed blocks below 32 MiB be used again, in the whole process and from now on.
+    """Let freed blocks below 32 MiB be used again, in the whole process and from now on; by Arrow too, when it is not
+    loaded yet and the user has not chosen otherwise.
 
     The thresholds are those that glibc reaches by itself after one block of 32 MiB was freed. Another C library is left
     alone.
     """
+    if "pyarrow" not in sys.modules:
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

@@ -600,15 +600,11 @@ def _read_row_group(
 
 
 def _plain(array: Any) -> list[Any]:
-    """Any kind of text column as large_string or large_binary arrays (64-bit offsets)."""
+    """Any kind of text column as arrays of text or of bytes, offsets of 32 or 64 bits."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    wanted = (
-        pa.large_binary()
-        if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
-        else pa.large_string()
-    )
-    return [array if array.type == wanted else array.cast(wanted)]
+    plain = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    return [array if array.type in plain else array.cast(pa.large_string())]
 
 
 def _documents_of(array: Any, unit: int, piece: int, row: int, column: str, on_bad: OnBad) -> Documents:
@@ -616,7 +612,7 @@ def _documents_of(array: Any, unit: int, piece: int, row: int, column: str, on_b
     try:
         if array.null_count:
             raise pa.ArrowInvalid("nulls")
-        if not pa.types.is_large_string(array.type):
+        if array.type in (pa.binary(), pa.large_binary()):
             array = array.cast(pa.large_string())
         array.validate(full=True)
         return _from_arrow(array, unit, piece, row)
@@ -635,10 +631,11 @@ def _documents_of(array: Any, unit: int, piece: int, row: int, column: str, on_b
 
 
 def _from_arrow(array: Any, unit: int, piece: int, row: int) -> Documents:
-    """A batch that shares the memory of a large_string array without nulls."""
+    """A batch that shares the memory of an array of text without nulls."""
     count = len(array)
     _, offsets, data = array.buffers()
-    starts = np.frombuffer(offsets, np.int64)[array.offset : array.offset + count + 1]
+    width = np.int64 if array.type == pa.large_string() else np.int32
+    starts = np.frombuffer(offsets, width)[array.offset : array.offset + count + 1].astype(np.int64)
     first, last = int(starts[0]), int(starts[-1])
     return Documents(
         np.frombuffer(data, np.uint8)[first:last] if data is not None and last > first else np.zeros(0, np.uint8),

@@ -29,7 +29,7 @@ from lmcore.data.documents import Documents, Drop
 from lmcore.data.encoder import Encoded
 from lmcore.data.manifest import JOURNAL, ShardEntry
 from lmcore.data.readers import Place
-from lmcore.data.shard import DOCUMENT, Tokens, npy_chunks, shard_name
+from lmcore.data.shard import DOCUMENT, Tokens, npy_chunks, npy_header, shard_name
 from lmcore.errors import Exit, LmError
 
 
@@ -153,7 +153,6 @@ class SetWriter:
         self._next = len(self.committed)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._writing: Future[None] | None = None
-        self._tokens = self._other = np.empty(0, dtype)
         self._begin_shard()
 
     def __enter__(self) -> SetWriter:
@@ -223,7 +222,7 @@ class SetWriter:
             self._records.append(records)
             self._shard_docs += begun.stop - begun.start
             self._shard_bytes += int(sizes[begun].sum())
-            self._tokens[self._filled : self._filled + take] = ids[at : at + take]
+            self._tokens.append(ids[at : at + take])
             self._filled += take
             at += take
             if self._filled == self.capacity:
@@ -282,10 +281,7 @@ class SetWriter:
             writing.result()
 
     def _begin_shard(self) -> None:
-        # Two buffers take turns: fresh memory for every shard would be page faults for every shard.
-        self._tokens, self._other = self._other, self._tokens
-        if not len(self._tokens):
-            self._tokens = np.empty(self.capacity, self.dtype)
+        self._tokens: list[Tokens] = []  # the batches themselves, not a copy of them
         self._records: list[npt.NDArray[Any]] = []
         self._filled = self._first_doc_offset = self._shard_docs = self._shard_bytes = 0
 
@@ -293,29 +289,35 @@ class SetWriter:
         self.wait()
         number, self._next = self._next, self._next + 1
         if self.only is None or number in self.only:
-            n_tokens = self._filled
-            rows = -(-n_tokens // self.seq_len)
-            self._tokens[n_tokens : rows * self.seq_len] = self.eos_id  # the pad of the last row
-            tokens = self._tokens[: rows * self.seq_len].reshape(rows, self.seq_len)
-            records = np.concatenate(self._records)
+            rows = -(-self._filled // self.seq_len)
+            pad = np.full(rows * self.seq_len - self._filled, self.eos_id, self.dtype)
             shard = _Shard(
-                number, tokens, n_tokens, records, self._shard_docs, self._shard_bytes, self._first_doc_offset
+                number,
+                rows,
+                [*self._tokens, pad],
+                self._filled,
+                np.concatenate(self._records),
+                self._shard_docs,
+                self._shard_bytes,
+                self._first_doc_offset,
             )
             self._writing = self._pool.submit(self._write, shard, cursor)
         self._begin_shard()
 
     def _write(self, shard: _Shard, cursor: Cursor) -> None:
         name = shard_name(shard.number)
-        chunks, size = npy_chunks(shard.tokens)
-        digest = storage.write_file(self.directory / f"{name}.npy", chunks, size=size)
+        header = npy_header(self.dtype, (shard.rows, self.seq_len))
+        size = len(header) + shard.rows * self.seq_len * self.dtype.itemsize
+        chunks: list[storage.Buffer] = [header, *(part.view(np.uint8).data for part in shard.tokens)]
+        digest = storage.write_file(self.directory / f"{name}.npy", chunks, size=size, cached=False)
         index_chunks, index_size = npy_chunks(shard.records)
         index = storage.write_file(self.directory / f"{name}.docs.npy", index_chunks, size=index_size)
         entry = ShardEntry(
             name=name,
-            rows=len(shard.tokens),
+            rows=shard.rows,
             n_tokens=shard.n_tokens,
             n_docs=shard.n_docs,
-            max_id=int(shard.tokens.max()),
+            max_id=max(int(part.max()) for part in shard.tokens if len(part)),
             bytes=digest.bytes,
             sha256=digest.sha256,
             docs_sha256=index.sha256,
@@ -331,7 +333,8 @@ class SetWriter:
 @dataclass(frozen=True)
 class _Shard:
     number: int
-    tokens: npt.NDArray[Any]  # (rows, seq_len)
+    rows: int
+    tokens: list[Tokens]  # one after the other; with the pad rows * seq_len of them
     n_tokens: int
     records: npt.NDArray[Any]  # of DOCUMENT
     n_docs: int

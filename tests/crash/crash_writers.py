@@ -117,6 +117,8 @@ class Tokenize:
             stack.enter_context(mock.patch.object(writer, "ThreadPoolExecutor", _Inline))
             stack.enter_context(mock.patch.object(storage, "append_json_line", told))
             stack.enter_context(mock.patch.object(tokenization, "write_manifest", all_told))
+            # Shards past the page cache, as large ones are: two blocks, and an end that is no whole page.
+            stack.enter_context(mock.patch.multiple(storage, _UNCACHED_BYTES=1, _BLOCK_BYTES=4096))
             tokenization.tokenize(config, out, workers=1, backend="tokenizers", progress=_Telling())
 
     def check(self, out: Path, acknowledged: int) -> None:

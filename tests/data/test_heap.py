@@ -34,7 +34,17 @@ def test_freed_blocks_are_used_again() -> None:
     assert int(run(FAULTS, "kept")) < 0.5 * int(run(FAULTS, "default"))
 
 
+POOL = """
+import sys
+from lmcore.data.heap import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+import lmcore.data.readers, pyarrow
+print(pyarrow.default_memory_pool().backend_name)
+"""
+
+
 def test_arrow_uses_the_heap_of_the_process_unless_the_user_chose() -> None:
-    code = "import lmcore.data.readers, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
-    assert run(code) == "system"
-    assert run(code, ARROW_DEFAULT_MEMORY_POOL="mimalloc") == "mimalloc"
+    assert run(POOL, "kept") == "system"
+    assert run(POOL, "kept", ARROW_DEFAULT_MEMORY_POOL="mimalloc") == "mimalloc"
+    assert run(POOL, "default") == run("import pyarrow; print(pyarrow.default_memory_pool().backend_name)")
