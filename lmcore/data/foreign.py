@@ -5,14 +5,13 @@
     llm.c    256 int32 of header (magic 20240520 for 16-bit ids, 20240801 for 32-bit), then ids
     megatron NAME.bin with NAME.idx: magic MMIDIDX, version 1, dtype code, sequence lengths, byte offsets, document ends
     ds       datatrove: NAME.ds of ids, NAME.ds.index of document ends (u64), NAME.ds.metadata with the size of an id
-    pt       tensors saved by torch, read with weights_only: nothing inside the file is run
+    pt       tensors saved by torch, read by a child process under limits: nothing inside the file is run
 
-Left out: making a shard set of it (adopt.py).
+Left out: making a shard set of it (adopt.py); how .pt files are read (tensor_file.py).
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 import struct
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcore.data.findings import Finding
+from lmcore.data.sources import format_of_name
+from lmcore.data.tensor_file import Refused, TensorIds, find_ids
 from lmcore.errors import Exit, LmError, from_os_error
 
 LLMC_HEADER = 256 * 4
@@ -31,7 +32,8 @@ _LLMC_WIDTH = {20240520: 2, 20240801: 4}
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _NPY_MAGIC = b"\x93NUMPY"
-_SUFFIXES = (".npy", ".bin", ".ds", ".pt", ".pth")
+_TENSORS = (".pt", ".pth")
+_SUFFIXES = (".npy", ".bin", ".ds", *_TENSORS)
 _GROUP = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)")
 
 
@@ -56,6 +58,8 @@ class ForeignFile:
     lengths: npt.NDArray[np.int64] | None = None
     """Tokens per document, when the format says so; they add up to the number of ids."""
     notes: list[Finding] = field(default_factory=list)
+    data: Path | None = None
+    """Where the ids are when not in `path` itself."""
 
     @property
     def n_tokens(self) -> int:
@@ -67,10 +71,8 @@ class ForeignFile:
         return self.shape[1] if len(self.shape) == 2 else None
 
     def array(self) -> npt.NDArray[Any]:
-        """All ids as a flat array, mapped where the format allows it."""
-        if self.kind == "pt":
-            return _load_tensor(self.path).reshape(-1)
-        return np.memmap(self.path, self.dtype, "r", self.offset, (self.n_tokens,)).view(np.ndarray)
+        """All ids as a flat array, mapped."""
+        return np.memmap(self.data or self.path, self.dtype, "r", self.offset, (self.n_tokens,)).view(np.ndarray)
 
     def blocks(self, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
         array = self.array()
@@ -115,9 +117,10 @@ def recognise(path: Path, width: int | None = None) -> Foreign:
     else:
         names = [path]
     result = Foreign(path, [], [])
+    tensors = find_ids([name for name in names if name.suffix in _TENSORS and name.is_file()])
     for name in names:
         try:
-            result.files.append(_open(name, width))
+            result.files.append(_open_tensor(name, tensors[name]) if name in tensors else _open(name, width))
         except Unreadable as error:
             result.faults.append(Finding(error.code, str(name), error.message))
         except OSError as error:
@@ -136,8 +139,8 @@ def _open(path: Path, width: int | None) -> ForeignFile:
     with open(path, "rb") as file:
         head = file.read(LLMC_HEADER)
     size = path.stat().st_size
-    if path.suffix in (".pt", ".pth"):
-        return _open_tensor(path)
+    if format_of_name(path.name) is not None:
+        raise Unreadable("V200", f"text, not token ids; make tokens of it: lm tokenize {path}")
     if path.suffix == ".pkl" or head[:1] == b"\x80":
         raise Unreadable("V206", "a pickle is not opened; save the ids with numpy.save")
     if head.startswith(_NPY_MAGIC):
@@ -249,37 +252,10 @@ def _open_datatrove(path: Path, size: int) -> ForeignFile:
     return ForeignFile(path, "ds", np.dtype(f"<u{width}"), (count,), lengths=lengths)
 
 
-def _open_tensor(path: Path) -> ForeignFile:
-    array = _load_tensor(path)
-    if array.dtype.kind not in "ui":
-        raise Unreadable("V204", f"holds {array.dtype}, not integers")
-    if array.ndim not in (1, 2) or array.size == 0:
-        raise Unreadable("V204", f"the shape {array.shape} is neither (N,) nor (N, T)")
-    return ForeignFile(path, "pt", array.dtype, array.shape)
-
-
-def _load_tensor(path: Path) -> npt.NDArray[Any]:
-    """A tensor, or the only tensor of a dictionary or list. Never unpickled freely."""
-    import torch
-
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        raise Unreadable("V206", f"cannot be read without running code in it, or is damaged ({reason})") from None
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        tensors = [v for v in value if isinstance(v, torch.Tensor)]
-        if len(tensors) != 1:
-            raise Unreadable("V204", f"holds {len(tensors)} tensors; one is expected")
-        value = tensors[0]
-    if not isinstance(value, torch.Tensor):
-        raise Unreadable("V204", f"holds a {type(value).__name__}, not a tensor")
-    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise Unreadable("V204", f"holds {value.dtype}, not integers")
-    array: npt.NDArray[Any] = value.contiguous().numpy()
-    return array
+def _open_tensor(path: Path, found: TensorIds | Refused) -> ForeignFile:
+    if isinstance(found, Refused):
+        raise Unreadable(found.code, found.message)
+    return ForeignFile(path, "pt", np.dtype(found.dtype), found.shape, found.offset, data=found.path)
 
 
 def id_range(file: ForeignFile) -> tuple[int, int]:
@@ -295,7 +271,7 @@ def require_readable(foreign: Foreign) -> None:
     if foreign.faults:
         fault = foreign.faults[0]
         more = f" (and {len(foreign.faults) - 1} more)" if len(foreign.faults) > 1 else ""
-        raise LmError(f"{fault.where}: {fault.message}{more}.", hint="See: lm validate PATH", code=Exit.DATA)
+        raise LmError(f"{fault.where}: {fault.message}{more}.", hint=f"See: lm validate {foreign.path}", code=Exit.DATA)
     if not foreign.files:
         raise LmError(
             f"{foreign.path}: no token data that is known.",
