@@ -250,7 +250,7 @@ def list_url(url: str) -> list[Unit]:
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url, **_options(url.partition("://")[0]))
         if any(mark in path for mark in "*?["):
             found = system.glob(path)
         elif system.isdir(path):
@@ -262,11 +262,13 @@ def list_url(url: str) -> list[Unit]:
         raise LmError(f"{url}: this kind of URL needs another package ({error}).", hint=_extra(url)) from error
     except LmError:
         raise
+    except FileNotFoundError as error:
+        raise LmError(f"{url}: no such file or folder.", hint=_hint(url)) from error
     except Exception as error:  # every file system has its own
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise LmError(f"{url}: cannot be listed ({text}).", code=Exit.IO) from error
+        raise LmError(f"{url}: cannot be listed ({text}).", hint=_hint(url), code=Exit.IO) from error
     if not units:
-        raise LmError(f"{url}: nothing to tokenize here.")
+        raise LmError(f"{url}: nothing to tokenize here.", hint=_hint(url))
     return units
 
 
@@ -293,7 +295,29 @@ def _pinned(url: str) -> str:
 
 
 def _extra(url: str) -> str:
-    return "Install it with: pip install 'lmshards[s3]'" if url.startswith("s3://") else ""
+    return "Install it with: pip install 'lmshards[s3]'" if url.startswith(_S3) else ""
+
+
+def _hint(url: str) -> str:
+    """What to look at when a place cannot be listed."""
+    if not url.startswith(_S3):
+        return "Check the URL and the network."
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS itself"
+    return (
+        f"Asked was {where}; AWS_ENDPOINT_URL names another server, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or "
+        "AWS_PROFILE) say who asks, FSSPEC_S3_ANON=true asks as nobody."
+    )
+
+
+_S3 = ("s3://", "s3a://")
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Options of a file system. The client of S3 would wait a minute for a server that does not answer, many times;
+    what breaks on the way is read again by the readers."""
+    if f"{protocol}://" in _S3:
+        return {"config_kwargs": {"connect_timeout": 3, "read_timeout": 60, "retries": {"max_attempts": 1}}}
+    return {}
 
 
 def open_url(url: str) -> BinaryIO:
@@ -311,4 +335,4 @@ def open_url(url: str) -> BinaryIO:
 def _file_system(protocol: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(protocol)
+    return fsspec.filesystem(protocol, **_options(protocol))
