@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
+from lmcore.data.http_file import http_size, open_http
 from lmcore.data.registry import DatasetName, parse_dataset
 from lmcore.data.sources import Source, Unit, format_of_name
 from lmcore.errors import Exit, LmError
@@ -243,7 +244,10 @@ def iterate_rows(url: str, column: str, *, skip: int = 0) -> Iterator[Any]:
 
 
 def list_url(url: str) -> list[Unit]:
-    """Units behind an fsspec URL: one file, a glob, or a folder. hf:// is pinned to a commit."""
+    """Units behind a URL: one file, and where the file system knows them (not on the web) a glob or a folder. hf:// is
+    pinned to a commit."""
+    if url.startswith(_WEB):
+        return [_web_unit(url)]
     if url.startswith("hf://"):
         preflight()
         url = _pinned(url)
@@ -280,6 +284,17 @@ def _remote_unit(system: Any, path: str) -> Unit:
     return Unit(system.unstrip_protocol(path), kind[0], -1 if size is None else int(size), kind[1])
 
 
+def _web_unit(url: str) -> Unit:
+    kind = format_of_name(url)
+    if kind is None:
+        raise LmError(f"{url}: the kind of this file is not known by its ending.", hint="URLs name single files.")
+    try:
+        return Unit(url, kind[0], http_size(url, PREFLIGHT_S), kind[1])
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise LmError(f"{url}: cannot be reached ({reason}).", hint=_hint(url), code=Exit.IO) from error
+
+
 def _pinned(url: str) -> str:
     """hf://datasets/org/name/file -> hf://datasets/org/name@COMMIT/file."""
     import huggingface_hub
@@ -309,7 +324,7 @@ def _hint(url: str) -> str:
     )
 
 
-_S3 = ("s3://", "s3a://")
+_S3, _WEB = ("s3://", "s3a://"), ("http://", "https://")
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -322,6 +337,8 @@ def _options(protocol: str) -> dict[str, Any]:
 
 def open_url(url: str) -> BinaryIO:
     """Open the bytes behind a URL for reading and seeking; raises what the file system raises (readers retry)."""
+    if url.startswith(_WEB):
+        return open_http(url)
     system = _file_system(url.partition("://")[0])
     path = str(type(system)._strip_protocol(url))
     # Parquet is read by exact ranges; a read-ahead cache would fetch the columns nobody asked for.

@@ -1,6 +1,7 @@
 """A loopback stand-in for the Hub: serves a folder as repositories to the real client libraries, faults on request.
 
     ROOT/datasets/ORG/NAME/...                 datasets
+    ROOT/datasets/ORG/NAME@converted/...       what the Hub made of a dataset: its branch refs/convert/parquet
     ROOT/models/ORG/NAME/tokenizer.json        models
 
     with HubStandIn(root, fail_every=3) as hub:
@@ -26,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+|[^/]+)/resolve/([^/]+|refs/[^/]+/[^/]+)/(.+)")
+CONVERTED = "refs/convert/parquet"
 API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+|[^/]+?)(?:/(revision|tree|paths-info)/(.+))?")
 
 
@@ -89,7 +91,12 @@ class HubStandIn:
         self._server.server_close()
         self._thread.join()
 
-    def repository(self, kind: str, name: str) -> Repository | None:
+    def repository(self, kind: str, name: str, revision: str = "main") -> Repository | None:
+        """The repository, or its conversion when the revision is that of the conversion."""
+        if (self.root / kind / f"{name}@converted").is_dir():
+            converted = Repository(self.root / kind / f"{name}@converted")
+            if revision in (CONVERTED, converted.commit):
+                return converted
         folder = self.root / kind / name
         return Repository(folder) if folder.is_dir() else None
 
@@ -151,11 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(404, b"{}", {"X-Error-Code": what, "X-Error-Message": what, **(headers or {})})
 
     def _api(self, kind: str, name: str, verb: str | None, rest: str, query: dict[str, list[str]], body: str) -> None:
-        repository = self.hub.repository(kind, name)
+        revision, _, inside = rest.partition("/")
+        if rest.startswith(CONVERTED):
+            revision, inside = CONVERTED, rest.removeprefix(CONVERTED)
+        repository = self.hub.repository(kind, name, revision)
         if repository is None:
             return self._missing("RepoNotFound")
-        revision, _, inside = rest.partition("/")
-        if verb is not None and revision not in ("main", repository.commit):
+        if verb is not None and revision not in ("main", CONVERTED, repository.commit):
             return self._missing("RevisionNotFound")
         if verb in (None, "revision"):
             siblings = [{"rfilename": file} for file in repository.files]
@@ -179,10 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json(entries[start : start + self.hub.page], headers)
 
     def _file(self, kind: str, name: str, revision: str, file: str) -> None:
-        repository = self.hub.repository(kind, name)
+        repository = self.hub.repository(kind, name, revision)
         if repository is None:
             return self._missing("RepoNotFound")
-        if revision not in ("main", repository.commit):
+        if revision not in ("main", CONVERTED, repository.commit):
             return self._missing("RevisionNotFound")
         headers = {"X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
         if file not in repository.files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import corpora
 import pytest
 from hub_standin import HubStandIn
+from s3_standin import S3StandIn
 
 from lmcore.data.registry import REGISTRY, parse_dataset
 from lmcore.data.tokenizer import Tokenizer
@@ -52,6 +54,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = root / "datasets/some/lines"
     corpora.write_jsonl(lines / "train-0.jsonl", TEXTS[:50])
     corpora.write_jsonl(lines / "train-1.jsonl", TEXTS[50:80])
+    plain = root / "datasets/HuggingFaceFW/fineweb"
+    corpora.write_parquet(plain / "sample/100BT/000_00000.parquet", TEXTS[5:25])
+    (plain / "README.md").write_text(CARD)
+    script = root / "datasets/Skylion007/openwebtext"
+    script.mkdir(parents=True)
+    (script / "openwebtext.py").write_text("raise SystemExit('a loading script was run')")
+    converted = root / "datasets/Skylion007/openwebtext@converted/plain_text/partial-train"
+    corpora.write_parquet(converted / "0000.parquet", TEXTS[:30])
+    corpora.write_parquet(converted / "0001.parquet", TEXTS[30:45])
+    corpora.write_jsonl(root / "web/olmo/a.jsonl", TEXTS[100:130])
+    (root / "web/olmo/a.json.gz").write_bytes(gzip.compress((root / "web/olmo/a.jsonl").read_bytes()))
     small = corpora.tokenizer(root / "made")
     model = root / "models/some/model"
     model.mkdir(parents=True)
@@ -185,6 +198,62 @@ def test_unreachable_hub_fails_in_seconds_with_what_to_do(lm: Lm, tmp_path: Path
     assert "HF_ENDPOINT" in done.stderr
     offline = lm("http://127.0.0.1:9", "tokenize", *arguments, "--out", "set", HF_HUB_OFFLINE="1")
     assert "switched off by HF_HUB_OFFLINE" in offline.stderr
+
+
+def test_the_other_names_of_the_registry(root: Path, hub: HubStandIn, lm: Lm, tmp_path: Path) -> None:
+    """A sample by its short name, and a loading script that is not run: its conversion is read."""
+    for number, (name, expected) in enumerate(
+        {
+            "fineweb:100BT": TEXTS[5:25],
+            "openwebtext": TEXTS[:45],
+        }.items()
+    ):
+        out = tmp_path / str(number)
+        done = lm(hub, "tokenize", "--dataset", name, "--tokenizer", root / "models/some/model", "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert corpora.stream_of(out).tolist() == expected_stream(root, expected), name
+
+
+def test_a_corpus_that_is_a_list_of_urls(root: Path, lm: Lm, tmp_path: Path) -> None:
+    """dolma's list is on the Hub, its files are on the web: compressed lines over connections that break."""
+    with S3StandIn(root, cut_after=1_000, max_faults=4) as web:
+        urls = root / "datasets/allenai/dolma/urls"
+        urls.mkdir(parents=True, exist_ok=True)
+        (urls / "v1_6-sample.txt").write_text(f"{web.endpoint}/web/olmo/a.json.gz\n")
+        with HubStandIn(root) as hub:
+            done = lm(hub, "tokenize", "--dataset", "dolma", "--tokenizer", root / "models/some/model", "--out", "set")
+        assert done.returncode == 0, done.stderr
+        assert web.faults == 4
+        assert corpora.stream_of(tmp_path / "set").tolist() == expected_stream(root, TEXTS[100:130])
+
+
+def test_files_behind_urls(root: Path, hub: HubStandIn, lm: Lm, tmp_path: Path) -> None:
+    """hf:// is pinned to the commit; http:// gives lines and parquet, and says what is not there."""
+    model = root / "models/some/model"
+    url = "hf://datasets/HuggingFaceFW/fineweb/sample/100BT/000_00000.parquet"
+    done = lm(hub, "tokenize", url, "--tokenizer", model, "--out", "hf")
+    assert done.returncode == 0, done.stderr
+    (unit,) = json.loads((tmp_path / "hf/plan.json").read_text())["units"]
+    commit = HubStandIn.repository(hub, "datasets", "HuggingFaceFW/fineweb").commit  # type: ignore[union-attr]
+    assert f"fineweb@{commit}/sample" in unit["path"]
+    assert corpora.stream_of(tmp_path / "hf").tolist() == expected_stream(root, TEXTS[5:25])
+    parquet = "/datasets/HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet"
+    with S3StandIn(root, cut_after=5_000, max_faults=3) as web:
+        lines = f"{web.endpoint}/web/olmo/a.jsonl"
+        done = lm(hub, "tokenize", lines, f"{web.endpoint}{parquet}", "--tokenizer", model, "--out", "web")
+        assert done.returncode == 0, done.stderr
+        assert web.faults == 3
+        assert corpora.stream_of(tmp_path / "web").tolist() == expected_stream(root, [*TEXTS[100:130], *TEXTS[:120]])
+        for url, message in {
+            f"{web.endpoint}/web/none.jsonl": "no such file (404",
+            f"{web.endpoint}/web/olmo": "not known by its ending",
+        }.items():
+            done = lm(hub, "tokenize", url, "--out", "x")
+            assert (done.returncode, message in done.stderr) == (Exit.USAGE, True), done.stderr
+    began = time.monotonic()
+    done = lm(hub, "tokenize", "http://127.0.0.1:9/a.jsonl", "--out", "x")
+    assert (done.returncode, "cannot be reached" in done.stderr) == (Exit.IO, True), done.stderr
+    assert time.monotonic() - began < 20
 
 
 def test_dataset_names() -> None:
