@@ -23,6 +23,7 @@ O(1) memory. Only raw words are used: NumPy promises stable streams for bit gene
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,11 +55,16 @@ _BLOCK = 1 << 14  # permuted indices computed at a time
 
 def words(purpose: str, seed: int, dataset_id: str, first: int, count: int) -> Words:
     """Words first .. first+count-1 of one stream: (count,) uint64."""
-    digest = hashlib.sha256(storage.canonical_json([FORMAT, purpose, seed, dataset_id])).digest()
-    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    generator = np.random.Philox(key=_key(purpose, seed, dataset_id))
     generator.advance(first // 4)  # a block is four words
     raw: Words = generator.random_raw(first % 4 + count)
     return raw[first % 4 :]
+
+
+@functools.lru_cache(1024)
+def _key(purpose: str, seed: int, dataset_id: str) -> int:
+    digest = hashlib.sha256(storage.canonical_json([FORMAT, purpose, seed, dataset_id])).digest()
+    return int.from_bytes(digest[:16], "little")
 
 
 def permute(index: npt.ArrayLike, size: int, keys: Words) -> Positions:

@@ -29,6 +29,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,9 @@ class TokenStream:
         self._ends = np.concatenate(
             [np.zeros(1, np.int64), np.cumsum(segments[:, 2] - segments[:, 1])]
         )  # (segments+1,)
+        # Position p of a segment is token p + shift of its shard.
+        self._shift = self._start - self._ends[:-1]
+        self._n = int(self._ends[-1])
         self._prepare()
 
     def _prepare(self) -> None:
@@ -124,7 +128,7 @@ class TokenStream:
     @property
     def n_tokens(self) -> int:
         """Tokens of the stream, pads excluded."""
-        return int(self._ends[-1])
+        return self._n
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -196,14 +200,15 @@ class TokenStream:
         """
         begin = np.asarray(starts, np.int64)
         n = self.n_tokens
+        low, high = (int(begin.min()), int(begin.max())) if begin.size else (0, 0)
         if begin.size and (
-            begin.min() < 0 or length < 0 or length > n or begin.max() >= n + (length == 0)
+            low < 0 or length < 0 or length > n or high >= n + (length == 0)
             if wrap
-            else begin.min() < 0 or length < 0 or int(begin.max()) + length > n
+            else low < 0 or length < 0 or high + length > n
         ):
             raise LmError(
-                f"the window of {length:,} tokens at {int(begin.max()):,} leaves the stream of {n:,} tokens"
-                f" (smallest start {int(begin.min()):,})."
+                f"the window of {length:,} tokens at {high:,} leaves the stream of {n:,} tokens"
+                f" (smallest start {low:,})."
             )
         if out is None:
             out = np.empty((len(begin), length), self.dtype)
@@ -211,21 +216,42 @@ class TokenStream:
             raise ValueError(f"out must be a C-contiguous {self.dtype} array of shape ({len(begin)}, {length})")
         if length == 0 or not begin.size:
             return out
-        # A wrapped window is two: one up to the end, one from the beginning.
-        place = np.arange(len(begin), dtype=np.int64) * length
-        count = np.full(len(begin), length, np.int64)
-        over = np.flatnonzero(begin + length > n)
-        if over.size:
+        if high + length > n:  # a wrapped window is two: one up to the end, one from the beginning
+            place = np.arange(len(begin), dtype=np.int64) * length
+            count = np.full(len(begin), length, np.int64)
+            over = np.flatnonzero(begin + length > n)
             first = n - begin[over]
             count[over] = first
             begin = np.concatenate([begin, np.zeros(over.size, np.int64)])
             place = np.concatenate([place, place[over] + first])
             count = np.concatenate([count, length - first])
+            self._copy(begin, count, place, out)
+        elif self._array is not None or (segment := self._segments_of(begin, length)) is None:
+            place = np.arange(len(begin), dtype=np.int64) * length
+            self._copy(begin, np.full(len(begin), length, np.int64), place, out)
+        else:  # as nearly always in a set: every window lies inside of one segment
+            width = length * self.dtype.itemsize
+            rows = range(0, len(begin) * width, width)
+            self._read_pieces(begin, segment, rows, range(width, width + len(begin) * width, width), out)
+        return out
+
+    def _segments_of(self, begin: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64] | None:
+        """The segment of each window, None when one of them runs over the end of its segment."""
+        segment: npt.NDArray[np.int64] = self._ends.searchsorted(begin, "right") - 1
+        return None if (begin + length > self._ends[segment + 1]).any() else segment
+
+    def _copy(
+        self,
+        begin: npt.NDArray[np.int64],
+        count: npt.NDArray[np.int64],
+        place: npt.NDArray[np.int64],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Fill `out` (seen flat) from `place` on with `count` tokens from `begin` on."""
         if self._array is not None:
             self._copy_array(begin, count, place, out.reshape(-1))
         else:
-            self._copy_shards(begin, count, place, memoryview(out.reshape(-1).view(np.uint8).data))
-        return out
+            self._copy_shards(begin, count, place, out)
 
     def _copy_array(self, begin: Any, count: Any, place: Any, out: npt.NDArray[Any]) -> None:
         source = self._array
@@ -238,39 +264,41 @@ class TokenStream:
         begin: npt.NDArray[np.int64],
         count: npt.NDArray[np.int64],
         place: npt.NDArray[np.int64],
-        out: memoryview,
+        out: npt.NDArray[Any],
     ) -> None:
         """Cut every window at segment borders, then read piece by piece."""
-        first = np.searchsorted(self._ends, begin, "right") - 1
-        last = np.searchsorted(self._ends, begin + count, "left") - 1
-        pieces = last - first + 1
-        if pieces.max() > 1:
-            window = np.repeat(np.arange(len(begin)), pieces)
-            segment = first[window] + (np.arange(len(window)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-            low = np.maximum(begin[window], self._ends[segment])
-            high = np.minimum(begin[window] + count[window], self._ends[segment + 1])
-            place = place[window] + low - begin[window]
-        else:
-            segment, low, high = first, begin, begin + count
-        size = self.dtype.itemsize
-        offset = shards.HEADER_BYTES + (self._start[segment] + low - self._ends[segment]) * size
-        where = place * size
+        end = begin + count
+        first = self._ends.searchsorted(begin, "right") - 1
+        pieces = self._ends.searchsorted(end, "left") - first
+        window = np.repeat(np.arange(len(begin)), pieces)
+        segment = first[window] + (np.arange(len(window)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+        low = np.maximum(begin[window], self._ends[segment])
+        place = (place[window] + low - begin[window]) * self.dtype.itemsize
+        stop = place + (np.minimum(end[window], self._ends[segment + 1]) - low) * self.dtype.itemsize
+        self._read_pieces(low, segment, place.tolist(), stop.tolist(), out)
+
+    def _read_pieces(
+        self,
+        begin: npt.NDArray[np.int64],
+        segment: npt.NDArray[np.int64],
+        place: Sequence[int],
+        stop: Sequence[int],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Fill the bytes place .. stop-1 of `out` with the tokens of a segment from `begin` on, for each piece."""
+        offset = (begin + self._shift[segment]) * self.dtype.itemsize + shards.HEADER_BYTES
+        buffer = memoryview(out.reshape(-1).view(np.uint8).data)
         files: dict[int, shards.ShardFile] = {}
         limit = _most_open()
-        for shard, at, to, end in zip(
-            self._shard[segment].tolist(),
-            offset.tolist(),
-            where.tolist(),
-            (where + (high - low) * size).tolist(),
-            strict=True,
-        ):
+        preadv = os.preadv
+        for shard, at, to, past in zip(self._shard[segment].tolist(), offset.tolist(), place, stop, strict=True):
             file = files.get(shard)
             if file is None:
                 if len(files) >= limit:
                     files.clear()
                 file = files[shard] = self._file(shard, use=True)
-            view = out[to:end]
-            if os.preadv(file.descriptor, [view], at) != end - to:
+            view = buffer[to:past]
+            if preadv(file.descriptor, (view,), at) != past - to:
                 with _in(self.path):
                     file.read_into(view, at)  # a short read: go on, or say where the file ends
 
@@ -297,7 +325,7 @@ class TokenStream:
                 self._files[index] = file
                 if len(self._files) > _most_open():
                     self._files.popitem(last=False)  # closes when no thread reads it any more
-            if use and (file.linked or self._verify != "size"):
+            if use and (file.linked or self._verify != "size") and not shards.is_known(file, entry.sha256):
                 with _in(self.path):
                     file.verify(entry.sha256)
         return file

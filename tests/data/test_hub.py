@@ -56,6 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpora.write_jsonl(lines / "train-1.jsonl", TEXTS[50:80])
     plain = root / "datasets/HuggingFaceFW/fineweb"
     corpora.write_parquet(plain / "sample/100BT/000_00000.parquet", TEXTS[5:25])
+    corpora.write_parquet(plain / "data/CC-MAIN/000.parquet", ["full"])  # the first of the card is looked up always
     (plain / "README.md").write_text(CARD)
     script = root / "datasets/Skylion007/openwebtext"
     script.mkdir(parents=True)
