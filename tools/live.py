@@ -187,6 +187,10 @@ def figures(record: dict[str, Any], info: RunInfo, pace: Pace) -> list[tuple[str
             f"memory {times['peak_bytes'] / 2**30:.2f} GiB",
         ),
     ]
+    if "text" in times:
+        told = times["text"]
+        rate = f"{ui.short_number(told['tokens_per_s'])} tokens/s   {told['text_mb_per_s']:,.1f} MB/s"
+        lines.append(("tokenizing", f"{rate} while waited for ({told['wait_s']:,.1f} s so far)"))
     if "shares" in record:
         lines.append(("sources", "   ".join(f"{name} {100 * share:.1f} %" for name, share in record["shares"].items())))
     dead = record.get("metrics", {}).get("router/dead")
@@ -271,9 +275,11 @@ def step_line(record: dict[str, Any], info: RunInfo, pace: Pace) -> str:
     width = len(f"{info.total_steps:,}")
     loss = f"{record['loss']:.4f}" if record["loss"] is not None else "not finite"
     norm = f"{record['grad_norm']:.2f}" if record["grad_norm"] is not None else "not finite"
+    told = record["time"].get("text")
+    text = f" (text {ui.short_number(told['tokens_per_s'])} tok/s)" if told else ""
     return (
         f"step {record['step']:>{width},}/{info.total_steps:,}  loss {loss}  lr {record['lr']:.2e}  grad {norm}  "
-        f"{ui.short_number(info.batch_tokens / max(pace.step_s, 1e-9))} tok/s  left {duration(pace.eta_s)}"
+        f"{ui.short_number(info.batch_tokens / max(pace.step_s, 1e-9))} tok/s{text}  left {duration(pace.eta_s)}"
     )
 
 

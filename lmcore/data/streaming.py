@@ -62,6 +62,8 @@ class _Block:
     place: StreamPlace
     tokens: npt.NDArray[Any]  # (window * context_length + 1,)
     n_bytes: int
+    busy_s: float
+    """Time that making it took, without the time that nobody wanted it."""
 
 
 class TextStream:
@@ -97,8 +99,7 @@ class TextStream:
         self._block: _Block | None = None
         self._order: npt.NDArray[np.intp] = np.zeros(0, np.intp)
         self._blocks: Generator[_Block] | None = None
-        self._opened = time.monotonic()
-        self._wait_s = 0.0
+        self._wait_s = self._busy_s = 0.0
         self._tokens = self._text_bytes = 0
 
     @classmethod
@@ -175,6 +176,7 @@ class TextStream:
         for made in self._blocks:
             self._tokens += len(made.tokens) - 1
             self._text_bytes += made.n_bytes
+            self._busy_s += made.busy_s
             if made.place.block == block:
                 self._block = made
                 words = np.random.Philox(key=[self.seed & (2**64 - 1), block]).random_raw(self.window)
@@ -204,14 +206,14 @@ class TextStream:
         return self._block.place.epoch if self._block is not None else self._start.epoch
 
     def throughput(self) -> dict[str, float]:
-        """Speed since opening, and how long `batch` kept its caller waiting: near zero when tokenizing keeps up."""
-        seconds = max(time.monotonic() - self._opened, 1e-9)
+        """How fast text became tokens while somebody waited for them (the thread that works ahead stands still when it
+        is far enough ahead), and how long `batch` kept its caller waiting: near zero when tokenizing keeps up."""
+        busy = max(self._busy_s, 1e-9)
         return {
-            "seconds": seconds,
             "wait_s": self._wait_s,
             "tokens": self._tokens,
-            "tokens_per_s": self._tokens / seconds,
-            "text_mb_per_s": self._text_bytes / 1e6 / seconds,
+            "tokens_per_s": self._tokens / busy,
+            "text_mb_per_s": self._text_bytes / 1e6 / busy,
             "epoch": self.epoch,
         }
 
@@ -235,6 +237,7 @@ class TextStream:
         held: collections.deque[_Piece] = collections.deque()
         have = text_bytes = 0
         number = place.block
+        began = time.monotonic()
         with contextlib.closing(self._pieces(place)) as pieces:
             for piece in pieces:
                 held.append(piece)
@@ -243,7 +246,8 @@ class TextStream:
                 while have > step:
                     begin = held[0].place_of_first(number)
                     flat = np.concatenate([part.ids for part in held])
-                    yield _Block(begin, flat[: step + 1], text_bytes)
+                    yield _Block(begin, flat[: step + 1], text_bytes, time.monotonic() - began)
+                    began = time.monotonic()
                     number, have, text_bytes = number + 1, have - step, 0
                     drop = step
                     while drop and len(held[0].ids) <= drop:

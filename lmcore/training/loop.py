@@ -565,6 +565,9 @@ class _Run:
             "optimizer_s": self.stepper.times.optimizer,
             "peak_bytes": machine.peak_memory(self.world.device),
         }
+        if isinstance(self.data.samples, TextStream):
+            told = self.data.samples.throughput()
+            record["time"]["text"] = {key: told[key] for key in ("tokens_per_s", "text_mb_per_s", "wait_s")}
         self._save_stall_s = 0.0
         record = _finite(record)
         self.run.log(record)

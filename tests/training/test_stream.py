@@ -1,5 +1,7 @@
 """Training from text without shards: the same law of resume, and refusals in words."""
 
+import json
+
 import pytest
 from small_runs import Crash, Watch, crash, curve, hashes
 
@@ -24,6 +26,10 @@ def test_text_is_trained_on_and_resumed_to_the_same_bits(lab, text):
     assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
     assert curve(lab.root / "broken") == curve(lab.root / "whole")
     assert (lab.root / "whole" / "source" / "plan.json").is_file()
+    lines = [json.loads(line) for line in (lab.root / "whole" / "metrics.jsonl").read_text().splitlines()]
+    told = [line["time"]["text"] for line in lines if line["kind"] == "train"]
+    assert told
+    assert all(0 <= one["wait_s"] and 0 < one["text_mb_per_s"] < one["tokens_per_s"] for one in told)
 
 
 def test_a_tokenizer_must_be_named(lab, text):
