@@ -506,6 +506,8 @@ class _Run:
             # Pooled over the sources: bits and bytes are summed, not averaged.
             size = sum(v.loss * v.tokens / math.log(2) / v.bits_per_byte for v in results.values() if v.bits_per_byte)
             record["bits_per_byte"] = sum(v.loss * v.tokens for v in results.values()) / math.log(2) / size
+        if all(v.topk_loss is not None for v in results.values()):
+            record["topk_loss"] = sum((v.topk_loss or 0.0) * v.tokens for v in results.values()) / tokens
         if len(results) > 1:
             record["sources"] = {n: {"loss": v.loss, "bits_per_byte": v.bits_per_byte} for n, v in results.items()}
         self.validation = {key: record[key] for key in ("loss", "bits_per_byte", "sources") if key in record}

@@ -29,6 +29,8 @@ class Validation:
     loss: float
     bits_per_byte: float | None
     tokens: int
+    topk_loss: float | None = None
+    """Of depth routing that chooses as in training, which sees the future: to be read beside `loss`, never for it."""
 
 
 def window_starts(n_tokens: int, length: int, max_tokens: int) -> npt.NDArray[np.int64]:
@@ -50,10 +52,14 @@ def validate(
     byte_lengths: npt.NDArray[np.int64] | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
-    """Score the stream; None when `stopped` said so on the way. The ranks share the windows."""
+    """Score the stream; None when `stopped` said so on the way. The ranks share the windows.
+
+    A model with depth routing reads every window twice, for both losses.
+    """
     length = min(model.config.context_length, len(stream) - 1)
     starts = window_starts(len(stream), length, max_tokens)[world.rank :: world.size]
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, nats in top-k mode
+    routed = any(kind.depth == "m" for kind in model.config.layers)
     training = model.training
     model.eval()
     halted = False
@@ -64,21 +70,28 @@ def validate(
                 break
             tokens: npt.NDArray[Any] = stream.windows(starts[first : first + batch_rows], length + 1).astype(np.int64)
             batch = torch.from_numpy(tokens).to(world.device)
-            term = model.loss(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).main
+            inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            term = model.loss(inputs, targets).main
+            if routed:
+                model.set_depth_mode("topk")
+                sums[3] += float(model.loss(inputs, targets).main.sum)
+                model.set_depth_mode("auto")
             sums[0] += float(term.sum)
             sums[1] += int(term.count)
             if byte_lengths is not None:
                 sums[2] += int(byte_lengths[tokens[:, 1:]].sum())
     finally:
+        model.set_depth_mode("auto")
         model.train(training)
     if world.maximum(int(halted)):
         return None
     sums = sums.to(world.device) if world.size > 1 else sums
     world.sum_(sums)
-    nats, count, size = sums.tolist()
+    nats, count, size, routers = sums.tolist()
     if not count:
         return None
-    return Validation(nats / count, nats / math.log(2) / size if size else None, int(count))
+    bits = nats / math.log(2) / size if size else None
+    return Validation(nats / count, bits, int(count), routers / count if routed else None)
 
 
 SINK_TOKENS = 512

@@ -340,3 +340,25 @@ def test_validation_logs_how_much_attention_the_first_position_gets(lab):
     assert line["metrics"]["attention/sink"] == pytest.approx(expected, rel=1e-5)
     lab.run("other", "train.steps=2", "train.eval.every_steps=1")  # looking changes nothing
     assert hashes(lab.root / "other") == hashes(lab.root / "run")
+
+
+def test_validation_logs_both_losses_of_depth_routing(lab):
+    from lmcore.data.stream import TokenStream
+
+    lab.run("run", "train.steps=2", "model.depth=-m", "train.eval.tokens=33")
+    line = curve(lab.root / "run")[-1]
+    assert line["kind"] == "val"
+    model = load_model(lab.root / "run", device="cpu").model.eval()
+    tokens = torch.from_numpy(
+        TokenStream.open(lab.data / "val").windows(torch.zeros(1).long().numpy(), 33).astype("int64")
+    )
+    found = {}
+    for mode in ("causal", "topk"):
+        model.set_depth_mode(mode)
+        term = model.loss(tokens[:, :-1], tokens[:, 1:]).main
+        found[mode] = (term.sum / term.count).item()
+    assert line["loss"] == pytest.approx(found["causal"], rel=1e-5)
+    assert line["topk_loss"] == pytest.approx(found["topk"], rel=1e-5)
+    assert found["causal"] != found["topk"]
+    lab.run("other", "train.steps=2", "train.eval.every_steps=1", "model.depth=-m")  # looking changes nothing
+    assert hashes(lab.root / "other") == hashes(lab.root / "run")
