@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lmcore.model import routing
 from lmcore.model.config import ModelConfig
 from lmcore.model.loss import _chunk_for, head_cross_entropy
 from lmcore.model.model import LanguageModel
@@ -50,17 +51,11 @@ def trace_pass(
     LanguageModel: recompute every n-th block in the backward pass.
     """
     length = config.context_length if length is None else length
+    real, routing.grouped_linear = routing.grouped_linear, _grouped_linear
     try:
         return _trace(config, rows, length, dtype, device_type, checkpoint_every)
-    except DataDependentOutputException:
-        # Experts of an unaligned size run in a loop over real counts. A dense layer of the same work is as large.
-        width = (config.moe.top_k + config.moe.num_shared) * config.moe.d_expert
-        fields = config.model_dump() | {
-            "d_ff": width,
-            "ffn": config.ffn.replace("e", "d"),
-            "pattern": config.pattern.replace("R", "M"),
-        }
-        return _trace(ModelConfig(**fields), rows, length, dtype, device_type, checkpoint_every)
+    finally:
+        routing.grouped_linear = real
 
 
 def _trace(
@@ -85,6 +80,25 @@ def _trace(
         kept = storages.live - base
         loss.backward()
         return PassMemory(kept, storages.peak - base)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Stands in for the products of experts, which go by counts that fake tensors do not have."""
+    return _Grouped.apply(x, weight.to(x.dtype))  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Grouped(torch.autograd.Function):
+    """The shapes of a grouped product and of its gradients, and what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 class _Storages(TorchDispatchMode):

@@ -50,10 +50,19 @@ def test_computing_in_16_bits_keeps_less_and_recomputing_keeps_little():
     ],
     ids=str,
 )
-def test_every_mechanism_can_be_examined(changes):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_mechanism_can_be_examined(changes, dtype):
     config = with_(**{"pattern": "A", **changes, "num_layers": 4})
-    found = trace_pass(config, rows=2, dtype=torch.bfloat16)
+    found = trace_pass(config, rows=2, dtype=dtype)
     assert 0 < found.kept <= found.peak < 1 << 30
+
+
+def test_experts_need_what_a_dense_layer_of_their_work_needs_and_their_weights_gradient():
+    dense, experts = (
+        trace_pass(with_(ffn=ffn, d_ff=256, moe={"num_experts": 4, "top_k": 2, "d_expert": 128}), rows=8)
+        for ffn in ("d", "e")
+    )
+    assert 1.0 < experts.kept / dense.kept < 1.7  # besides, each token's input is there twice, sorted by expert
 
 
 def test_a_large_model_is_examined_without_its_memory():
