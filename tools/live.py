@@ -192,7 +192,8 @@ def figures(record: dict[str, Any], info: RunInfo, pace: Pace) -> list[tuple[str
         rate = f"{ui.short_number(told['tokens_per_s'])} tokens/s   {told['text_mb_per_s']:,.1f} MB/s"
         lines.append(("tokenizing", f"{rate} while waited for ({told['wait_s']:,.1f} s so far)"))
     if "shares" in record:
-        lines.append(("sources", "   ".join(f"{name} {100 * share:.1f} %" for name, share in record["shares"].items())))
+        taken = (f"{n} {100 * share:.1f} % ({record['epochs'][n]:.2f} epochs)" for n, share in record["shares"].items())
+        lines.append(("sources", "   ".join(taken)))
     dead = record.get("metrics", {}).get("router/dead")
     if dead:
         entropy = record["metrics"].get("router/entropy", [])

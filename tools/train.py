@@ -471,6 +471,9 @@ def _document(result: RunResult) -> dict[str, Any]:
         "validation": result.validation,
         "tokens_per_s": result.tokens_per_s,
         "seconds": result.seconds,
+        "sources": [
+            {"path": s.name, "weight": s.weight, "realised": s.realised, "epochs": s.epochs} for s in result.sources
+        ],
     }
 
 
@@ -486,6 +489,11 @@ def _tell(result: RunResult) -> None:
             ui.emit(f"{result.run_dir}: all {result.total_steps:,} steps are done, nothing to do")
         if quality:
             ui.emit(quality)
+        for share in result.sources:
+            ui.emit(
+                f"  {share.name}: {100 * share.realised:.1f} % of the samples ({100 * share.weight:.1f} % asked for), "
+                f"seen {share.epochs:.2f} times"
+            )
         ui.emit("next:")
         ui.emit(f"  lm eval {result.run_dir}")
         ui.emit(f'  lm generate --checkpoint {result.run_dir} --prompt "def main"')

@@ -32,6 +32,7 @@ JOURNAL = "journal.jsonl"
 TOKENIZER = "tokenizer.json"
 MAX_SHARDS = 10_000_000
 _DEEPEST = 20
+_READABLE_SEGMENTS = 10_000  # beyond this the manifest is written without line breaks
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -137,7 +138,17 @@ class Manifest(Config):
 
     def identity(self) -> str:
         """dataset_id as computed from the content: sha256 over the canonical JSON of what defines the token stream."""
-        return dataset_identity(self.model_dump(mode="json"))
+        # Without a dump of the whole: a view may have a million segments.
+        return dataset_identity(
+            {
+                "tokenizer": self.tokenizer.model_dump(mode="json") if self.tokenizer else None,
+                "dtype": self.dtype,
+                "seq_len": self.seq_len,
+                "packing": self.packing,
+                "shards": [shard.model_dump(mode="json") for shard in self.shards],
+                "segments": self.segments,
+            }
+        )
 
 
 def dataset_identity(manifest: dict[str, Any]) -> str:
@@ -172,7 +183,11 @@ def created_by(command: str) -> dict[str, Any]:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Commit the manifest: the last write of a set."""
-    storage.write_json(Path(directory) / MANIFEST, manifest.model_dump(mode="json"))
+    value = manifest.model_dump(mode="json")
+    if len(manifest.segments) <= _READABLE_SEGMENTS:
+        storage.write_json(Path(directory) / MANIFEST, value)
+    else:  # half the size, and nobody reads so many numbers
+        storage.write_file(Path(directory) / MANIFEST, storage.canonical_json(value) + b"\n")
 
 
 def read_manifest(directory: str | Path) -> Manifest:

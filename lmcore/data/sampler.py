@@ -131,6 +131,11 @@ class Sampler:
         """How often the data has been seen after `sample` samples: 1.5 is half-way through the second epoch."""
         return sample / self.n_windows
 
+    def warnings(self, samples: int) -> list[str]:
+        """A sentence when a run of `samples` samples repeats the data more than four times."""
+        sentence = many_epochs(str(self.stream.path or "the array"), self.epoch_of(samples))
+        return [sentence] if sentence else []
+
     def starts(self, first_sample: int, count: int) -> Positions:
         """Stream positions of samples first_sample .. first_sample+count-1: (count,) int64."""
         if first_sample < 0 or count < 0:
@@ -165,6 +170,16 @@ class Sampler:
             # Replaced whole, so that threads see a complete dictionary; two blocks cover a batch across a border.
             self._blocks = dict([*self._blocks.items()][-1:]) | {(epoch, block): found}
         return found[index - block * _BLOCK :]
+
+
+def many_epochs(name: str, epochs: float) -> str:
+    """What to say of a source that is seen so often; nothing when that is usual."""
+    if epochs <= MANY_EPOCHS:
+        return ""
+    return (
+        f"{name}: seen {epochs:.1f} times in this run; beyond about {MANY_EPOCHS:.0f} epochs repeated data helps less "
+        "and less."
+    )
 
 
 def valid_starts(n_tokens: int, context_length: int, name: Any = None) -> int:
@@ -285,12 +300,8 @@ class Mixture:
 
     def warnings(self, samples: int) -> list[str]:
         """A sentence for each source that a run of `samples` samples repeats more than four times."""
-        return [
-            f"{share.name}: seen {share.epochs:.1f} times in this run; beyond about {MANY_EPOCHS:.0f} epochs repeated "
-            "data helps less and less."
-            for share in self.shares(samples)
-            if share.epochs > MANY_EPOCHS
-        ]
+        told = [many_epochs(share.name, share.epochs) for share in self.shares(samples)]
+        return [sentence for sentence in told if sentence]
 
     def _draw(self, block: int) -> tuple[npt.NDArray[np.int64], Positions]:
         """(source of each sample of the block, its rank among the block's samples of that source)."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from lmcore import storage
-from lmcore.data.sampler import Mixture
+from lmcore.data.sampler import Mixture, SourceShare
 from lmcore.data.streaming import TextStream
 from lmcore.errors import Exit, LmError
 from lmcore.model.model import LanguageModel
@@ -68,6 +68,8 @@ class RunResult:
     tokens_per_s: float | None = None
     seconds: float = 0.0
     save_s: float = 0.0
+    sources: tuple[SourceShare, ...] = ()
+    """What a mixture took from each source: realised ratios and epochs."""
 
 
 def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
@@ -293,6 +295,9 @@ class _Run:
             )
         for note in self.launch.notes:
             self.observer.note(note)
+        if not isinstance(self.data.samples, TextStream):
+            for sentence in self.data.samples.warnings(self.total * self.shape.rows):
+                self.observer.warn(sentence)
         if saved is not None:
             before, now = saved.get("fingerprint", {}), self._fingerprint()
             differing = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
@@ -546,7 +551,9 @@ class _Run:
         if metrics:
             record["metrics"] = metrics
         if isinstance(self.data.samples, Mixture):
-            record["shares"] = {share.name: share.realised for share in self.data.samples.shares(self.sample)}
+            taken = self.data.samples.shares(self.sample)
+            record["shares"] = {share.name: share.realised for share in taken}
+            record["epochs"] = {share.name: share.epochs for share in taken}
             record["sources"] = {
                 name: {"loss": total / (rows * length), "tokens": rows * length}
                 for name, total, rows in zip(self.data.samples.names, numbers.sources, batch.source_rows, strict=True)
@@ -736,6 +743,7 @@ class _Run:
     def _result(self, reason: Reason, path: Path | None) -> RunResult:
         finite = [loss for loss, _ in self._recent if math.isfinite(loss)]
         speeds = sorted(speed for _, speed in self._recent)
+        samples = self.data.samples if hasattr(self, "data") else None  # nothing was opened where nothing is left
         return RunResult(
             run_dir=self.run.path,
             reason=reason,
@@ -748,6 +756,7 @@ class _Run:
             tokens_per_s=speeds[len(speeds) // 2] if speeds else None,
             seconds=time.monotonic() - self._began,
             save_s=self.writer.write_s if hasattr(self, "writer") else 0.0,
+            sources=tuple(samples.shares(self.sample)) if isinstance(samples, Mixture) else (),
         )
 
 

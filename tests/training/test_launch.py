@@ -134,6 +134,17 @@ def test_context_longer_than_the_data(lab):
     assert "too few" in caught.value.message
 
 
+def test_data_seen_more_than_four_times_are_warned_of(lab, make_set):
+    small = make_set("small", documents=[b"a" * 200, b"b" * 200])
+    sets = {f"[{small.path}]": 1, f"{{{lab.data}: 0.001, {small.path}: 0.999}}": 1, f"[{lab.data}]": 0}
+    for number, (data, expected) in enumerate(sets.items()):
+        watch = Watch()
+        lab.run(f"run-{number}", f"data.train={data}", "data.val=[]", watch=watch)
+        told = [message for message in watch.said if "times in this run" in message]
+        assert len(told) == expected, watch.said
+        assert all(message.startswith(f"warning: {small.path}: seen ") for message in told)
+
+
 def test_a_mixture_logs_realised_shares_and_validates_each_source(lab, make_set):
     from lmcore.data.split import split_set
 
@@ -145,6 +156,9 @@ def test_a_mixture_logs_realised_shares_and_validates_each_source(lab, make_set)
     shares = list(lines[-1]["shares"].values())
     assert sum(shares) == pytest.approx(1)
     assert shares[0] == pytest.approx(0.75, abs=0.12)
+    assert list(lines[-1]["epochs"].values()) == [source.epochs for source in result.sources]
+    assert [source.realised for source in result.sources] == shares
+    assert [source.weight for source in result.sources] == [0.75, 0.25]
     assert set(result.validation["sources"]) == {"data", "other"}
     state = json.loads((newest(lab.root / "run") / "state.json").read_text())
     assert [s["weight"] for s in state["sources"]] == [0.75, 0.25]
