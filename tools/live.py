@@ -175,7 +175,7 @@ def figures(record: dict[str, Any], info: RunInfo, pace: Pace) -> list[tuple[str
         f"{ui.short_number(info.batch_tokens / max(pace.step_s, 1e-9))} tokens/s   {1000 * pace.step_s:,.0f} ms/step"
     )
     if times.get("mfu"):
-        speed += f"   MFU {100 * times['mfu']:.0f} % of {ui.short_number(info.peak_flops)}FLOP/s ({info.peak_source})"
+        speed += f"   MFU {100 * times['mfu']:.0f} % of {info.peak_flops / 1e12:.3g} TFLOP/s ({info.peak_source})"
     lines = [
         ("loss", f"{loss}{smooth}   {sparkline(pace.losses)}"),
         ("lr", f"{record['lr']:.3e}   epoch {record['epoch']:.2f}   {ui.short_number(record['tokens'])} tokens"),
@@ -215,11 +215,16 @@ def sparkline(values: list[float], width: int = 32) -> str:
 
 
 class Pace:
-    """Smoothed loss, speed and the time that is left."""
+    """Smoothed loss, speed and the time that is left. Its size and the cost of a step do not grow with the run."""
+
+    MOST = 1024
 
     def __init__(self) -> None:
         self.loss: float | None = None
         self.losses: list[float] = []
+        """The course of the loss: means over equally many steps each."""
+        self._each = 1
+        self._pending: list[float] = []
         self._times: list[float] = []
         self._total = self._left = 0
 
@@ -230,7 +235,13 @@ class Pace:
         loss = record["loss"]
         if loss is not None:
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-            self.losses.append(loss)
+            self._pending.append(loss)
+            if len(self._pending) == self._each:
+                self.losses.append(sum(self._pending) / self._each)
+                self._pending = []
+            if len(self.losses) == self.MOST:
+                self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2], strict=True)]
+                self._each *= 2
         self._times = [*self._times[-49:], record["time"]["step_s"]]
         self._left = self._total - record["step"]
 

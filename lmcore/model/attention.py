@@ -20,14 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcore.model.config import ModelConfig
-from lmcore.model.layers import Linear, RMSNorm, wide
-from lmcore.model.rotary import Positions, rotate
+from lmcore.model.layers import Linear, RMSNorm, by_hand, inverse_rms, normalized_gradient, wide
+from lmcore.model.rotary import Positions, rotate, turn
 from lmcore.model.state import MixerState
 
 MARGIN = 64
@@ -160,8 +161,14 @@ class Attention(nn.Module):
         qk = qk.unflatten(-1, (self.heads + self.kv_heads, self.head_dim))  # one norm and one rotation for both
         if self.q_norm is not None and self.k_norm is not None:
             gains = torch.cat([self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)])
-            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * gains.to(qk.dtype)
-        q, k = rotate(qk, positions).transpose(1, 2).split([self.heads, self.kv_heads], 1)
+            gains = gains.to(qk.dtype)
+            if by_hand(qk):
+                qk = _NormRotate.apply(qk, gains, positions.cos, positions.sin, self.eps)  # type: ignore[no-untyped-call]
+            else:
+                qk = rotate(F.rms_norm(qk, (self.head_dim,), None, self.eps) * gains, positions)
+        else:
+            qk = rotate(qk, positions)
+        q, k = qk.transpose(1, 2).split([self.heads, self.kv_heads], 1)
         return q, k, v.unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2), gate
 
     def sink(self, x: Tensor, positions: Positions) -> Tensor:
@@ -254,3 +261,23 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         y: Tensor = scores.softmax(-1).to(v.dtype) @ v
         return y.flatten(1, 2)[:, :, None]
+
+
+class _NormRotate(torch.autograd.Function):
+    """QK-norm and rotation of heads (B, T, H, K) in one: 4.9 ms for 8.6 ms, forward and backward, of (8, 256, 6, 64) in
+    fp32 on one AVX2 core. The derivative of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gains: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+        xw = x.to(wide(x.dtype))
+        inverse = inverse_rms(xw, eps)
+        ctx.save_for_backward(x, gains, inverse, cos, sin)
+        return turn((xw * inverse).mul_(gains).to(x.dtype), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, gains, inverse, cos, sin = ctx.saved_tensors
+        acc = inverse.dtype
+        g = turn(upstream[0], cos, sin, back=True).to(acc)
+        gx, gn = normalized_gradient(x.to(acc), inverse, gains.to(acc), g)
+        return gx.to(x.dtype), gn.flatten(0, 1).sum(0).to(gains.dtype), None, None, None

@@ -3,12 +3,16 @@
 Weights are kept in their own precision (the fp32 master) and cast to the input's dtype at use, so the dtype that
 enters the trunk is the dtype in which it computes; there is no autocast, and what needs fp32 or better says so itself.
 
-RMSNorm (arXiv:1910.07467): y = w * x / sqrt(mean(x^2) + eps), statistics in fp32 or better.
+RMSNorm (arXiv:1910.07467): y = w * x / sqrt(mean(x^2) + eps), statistics in fp32 or better. On a CPU torch has no
+kernel for it and records eight operations; training there takes the derivative by hand, from x and the root alone:
+
+    n = x / r,   dy/dx: (w g - n mean(w g n)) / r,   dy/dw: sum of g n                          r the root above
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +68,10 @@ class RMSNorm(Owner):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size) in the dtype of x; the mean of squares is formed in fp32 or better."""
-        return F.rms_norm(x, (self.size,), self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if by_hand(x):
+            return _Norm.apply(x, weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+        return F.rms_norm(x, (self.size,), weight, self.eps)
 
     def own_parameters(self) -> Iterator[tuple[str, Role, tuple[int, ...], bool]]:
         yield "weight", Role.NORM, (), False
@@ -74,6 +81,42 @@ class RMSNorm(Owner):
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps {self.eps:g}"
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether a derivative that is written out pays: in training on a CPU, unless a compiler fuses the operations."""
+    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept as one; x in fp32 or better."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def normalized_gradient(x: Tensor, inverse: Tensor, gain: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of x, products to be summed into that of the gain) of y = gain x inverse; all in fp32 or better."""
+    n = x * inverse
+    gn = g * n
+    mean = (gn * gain).sum(-1, keepdim=True).div_(-x.shape[-1])
+    return (g * gain).addcmul_(n, mean).mul_(inverse), gn
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        acc = wide(x.dtype)
+        xw = x.to(acc)
+        inverse = inverse_rms(xw, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (xw * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        acc = inverse.dtype
+        gx, gn = normalized_gradient(x.to(acc), inverse, weight.to(acc), upstream[0].to(acc))
+        return gx.to(x.dtype), gn.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class Embedding(Owner):

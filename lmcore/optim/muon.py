@@ -24,8 +24,9 @@ from torch import Tensor
 from lmcore.errors import LmError
 from lmcore.optim.orthogonalize import coefficients, frobenius_norm, iteration_dtype, orthogonalize
 
-BATCH_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Elements orthogonalised in one call: bounds the temporaries (about four times as many numbers). Changes no bit."""
+BATCH_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Elements orthogonalised in one call: bounds the temporaries (about four times as many numbers). Changes no bit. On a
+CPU as many as its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def muon_update(
             block = _Block(p, g, m, moments[number] if moments is not None else None)
             blocks.setdefault(block.wide_shape, []).append(block)
     for (short, long), same in blocks.items():
-        for batch in _batches(same, BATCH_ELEMENTS.get(same[0].parameter.device.type, 1 << 23) // (short * long)):
+        for batch in _batches(same, BATCH_ELEMENTS.get(same[0].parameter.device.type, 1 << 21) // (short * long)):
             _update_batch(
                 batch,
                 lr=lr,

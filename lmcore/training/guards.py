@@ -82,11 +82,12 @@ class LossScale:
     Scaling by powers of two is exact, so it changes what underflows and nothing else.
     """
 
+    START = 65536.0
     GROWTH_STEPS = 2000
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.scale = 65536.0 if enabled else 1.0
+        self.scale = self.START if enabled else 1.0
         self.calm = 0
 
     def update(self, finite: bool) -> bool:

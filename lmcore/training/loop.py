@@ -352,8 +352,9 @@ class _Run:
         looked = self._audit(batch, numbers)
         if looked is not None:
             numbers = looked.numbers
-        explained = self.scale.update(numbers.finite)
-        verdict = "bad" if explained else self.guard.judge(self.step, numbers.loss, numbers.grad_norm)
+        # Only the backward pass is scaled: a loss that is not finite is no matter of the scale.
+        explained = math.isfinite(numbers.loss) and self.scale.update(numbers.finite)
+        verdict = "overflow" if explained else self.guard.judge(self.step, numbers.loss, numbers.grad_norm)
         action = self._decide(verdict, batch, numbers, looked)
         if action == "rollback":
             return "rollback"
@@ -372,7 +373,8 @@ class _Run:
         """A second look at a step that went wrong, or whose turn it is; None when there is no need."""
         every = self.guard.config.audit_every
         due = every > 0 and (self.step + 1) % every == 0
-        overflow = self.scale.enabled and self.scale.scale > 1.0 and not numbers.finite  # fp16: a scale to be lowered
+        # fp16: a scale to be lowered
+        overflow = self.scale.scale > 1.0 and math.isfinite(numbers.loss) and not numbers.finite
         if not due and (overflow or not self.guard.looks_wrong(numbers.loss, numbers.grad_norm)):
             return None
         looked = audit(self.stepper, batch, numbers)
@@ -404,6 +406,11 @@ class _Run:
         cause = " Computed again it is the same: the data or the model, not the hardware." if looked is not None else ""
         if verdict == "ok":
             return "update"
+        if verdict == "overflow":
+            self.observer.note(
+                f"{where}: fp16 gradients overflow; no update, the loss scale is {self.scale.scale:g} now."
+            )
+            return "skip"
         if verdict in ("bad", "diverged"):
             self._event("bad step", step=self.step + 1, first_sample=batch.first_sample, loss=repr(numbers.loss))
             if verdict == "diverged":

@@ -1,6 +1,7 @@
 """`lm train` as a user meets it: options, documents, refusals, words."""
 
 import json
+import os
 import re
 
 import pytest
@@ -241,12 +242,26 @@ def test_the_live_view_draws(tmp_path):
                 "metrics": {"router/dead": [0.0, 0.25], "router/entropy": [0.9, 0.7]},
             }
         )  # fmt: skip
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    console.print(view.render())
-    text = console.export_text()
-    assert "40 / 100" in text
-    assert "loss" in text
-    assert "MFU 40 %" in text
-    assert "dead 25 %" in text
+    for width in (80, 120):
+        with open(os.devnull, "w") as nowhere:
+            console = Console(width=width, record=True, file=nowhere)
+            console.print(view.render())
+        text = console.export_text()
+        assert all(len(line) <= width for line in text.splitlines())
+        assert len(text.splitlines()) < 20  # of the 24 lines of a small terminal
+        for words in ("40 / 100", "loss", "MFU 40 %", "of 0.1 TFLOP/s", "left 30s", "memory 1.00 GiB", "dead 25 %"):
+            assert words in text
     assert sparkline([3.0, 2.0, 1.0])[0] > sparkline([3.0, 2.0, 1.0])[-1]
-    console.file.close()
+
+
+def test_the_curve_of_a_long_run_stays_small():
+    """A million steps: the cost of drawing does not grow with them, and the curve keeps its shape."""
+    from lmcore.tools.live import Pace
+
+    pace = Pace()
+    for step in range(5000):
+        pace.step({"step": step, "loss": float(step), "time": {"step_s": 1.0}})
+    assert len(pace.losses) < Pace.MOST
+    assert pace.losses == sorted(pace.losses)
+    assert pace.losses[0] < 10
+    assert pace.losses[-1] > 4900

@@ -1,6 +1,7 @@
 """Run configurations: layers, the size dial, presets, and the three classes of settings when a run goes on."""
 
 import math
+import re
 
 import pytest
 
@@ -99,11 +100,43 @@ def test_every_preset_is_a_whole_configuration(name, description):
     assert config.rows >= 1
 
 
-@pytest.mark.parametrize(("name", "millions"), [("gpt2-124m", 124), ("small", 51), ("medium", 201), ("large", 501)])
-def test_presets_have_the_size_that_they_promise(name, millions):
+@pytest.mark.parametrize(("name", "description"), preset_names())
+def test_presets_are_what_their_first_line_says(name, description):
+    """Every number of the line, against the planner's counts and the settings."""
+    _, raw = read_preset(name)
+    config = settled(build(RunConfig, merge(raw, {"model": {"vocab_size": 8_192 if name == "nano" else 50_257}})))
+    plan, model = plan_model(config.model), config.model
+    tokens = config.total_steps * config.batch_tokens
+    facts = {
+        r"([\d.]+[MB]) parameters": plan.parameters,
+        r"([\d.]+[MB]) active": plan.active,
+        r"([\d,]+) tokens of context": model.context_length,
+        r"(?<!-)\b(\d+) layers": model.num_layers,
+        r"([\d.]+[MB]) tokens\b(?! of context)": tokens,
+        r"in ([\d,]+) steps": config.total_steps,
+        r"(\d+) experts": model.moe.num_experts,
+        r"top-(\d+)": model.moe.top_k,
+        r"(\d+) query": model.num_heads,
+        r"(\d+) key/value": model.num_kv_heads,
+        r"(\d+)-token prediction": model.mtp.depths + 1,
+    }
+    told = description
+    for pattern, value in facts.items():
+        for found in re.finditer(pattern, description):
+            told = told.replace(found.group(), "", 1)
+            number = found.group(1).replace(",", "")
+            unit = {"M": 1e6, "B": 1e9}.get(number[-1], 1)
+            number = number.rstrip("MB")
+            digits = len(number.partition(".")[2])
+            assert float(number) == round(value / unit, digits), f"{name}: {found.group()} is {value:,}"
+    assert not re.search(r"\d{2,}", re.sub(r"gated-moe-1.7b|resonance-32k", "", told)), "a number that no fact explains"
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 50), ("medium", 200), ("large", 500), ("xl", 1000)])
+def test_sizes_of_the_plain_presets(name, millions):
     _, raw = read_preset(name)
     config = build(RunConfig, merge(raw, {"model": {"vocab_size": 50_257}}))
-    assert round(plan_model(config.model).parameters / 1e6) == millions
+    assert plan_model(config.model).parameters / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -8,7 +8,8 @@ import torch
 from small_runs import Crash, Watch, crash, curve, hashes
 
 from lmcore.errors import LmError
-from lmcore.training import rundir, step
+from lmcore.training import device as machine
+from lmcore.training import loop, rundir, step
 from lmcore.training.config import GuardConfig
 from lmcore.training.guards import Guard, LossScale
 from lmcore.training.tensors import read_tensors
@@ -206,3 +207,56 @@ def test_the_loss_scale_is_a_power_of_two_that_adapts():
     assert again.scale == scale.scale
     scale.scale = 1.0
     assert not scale.update(False)  # nothing left to halve: the step itself is bad
+
+
+@pytest.fixture
+def fp16_anywhere(monkeypatch):
+    """fp16 is refused on a CPU because it is slow there; its arithmetic is right."""
+    monkeypatch.setattr(machine, "resolve_dtype", lambda name, device: (machine.DTYPES[name], "as asked"))
+    monkeypatch.setattr(loop, "measure_peak", lambda *_: 1e9)  # minutes in fp16
+
+
+def test_an_overflow_halves_the_scale_skips_the_update_and_resumes_to_the_same_bits(lab, monkeypatch, fp16_anywhere):
+    """A scale that is too large overflows for some steps; killed while it falls and after, the bits are the same."""
+    monkeypatch.setattr(LossScale, "START", 2.0**22)
+    settings = ("train.dtype=fp16", "train.steps=10", "train.checkpoint.every_steps=1", "train.checkpoint.keep=20")
+    watch = Watch()
+    lab.run("whole", *settings, watch=watch)
+    lines = [line for line in curve(lab.root / "whole") if line["kind"] == "train"]
+    overflows = [line["step"] for line in lines if line.get("skipped")]
+    assert 0 < len(overflows) < 10
+    assert sum("overflow" in text for text in watch.said) == len(overflows)
+    assert [line["loss_scale"] for line in lines if line.get("skipped")] == [
+        2.0 ** (21 - n) for n in range(len(overflows))
+    ]
+    folder = lab.root / "whole" / "checkpoints"
+    weights = [read_tensors(folder / f"step-{n:08d}" / "model.safetensors") for n in range(1, 11)]
+    for number in range(2, 11):
+        same = all(torch.equal(weights[number - 1][k], weights[number - 2][k]) for k in weights[0])
+        assert same == (number in overflows)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+    for last in (overflows[0], overflows[-1] + 2):
+        with pytest.raises(Crash):
+            lab.run("broken", *settings, watch=Watch({last: crash}))
+    lab.run("broken", *settings)
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    assert curve(lab.root / "broken") == curve(lab.root / "whole")
+
+
+def test_a_scaled_run_takes_the_course_of_an_unscaled_one(lab, monkeypatch, fp16_anywhere):
+    """A power of two is taken out exactly: the first loss and norm do not depend on it."""
+    for name, start in (("a", 2.0**4), ("b", 2.0**10)):
+        monkeypatch.setattr(LossScale, "START", start)
+        lab.run(name, "train.dtype=fp16", "train.steps=2")
+    a, b = (curve(lab.root / name)[0] for name in ("a", "b"))
+    assert a["loss"] == b["loss"]
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)  # what underflows with the small scale
+
+
+def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale(lab, monkeypatch, fp16_anywhere):
+    plant(monkeypatch, {2, 3, 4}, "loss", math.nan)
+    with pytest.raises(LmError, match="diverged") as caught:
+        lab.run("run", "train.dtype=fp16", "train.guard.on_spike=off")
+    assert caught.value.code == 70
+    assert {line["loss_scale"] for line in curve(lab.root / "run") if line["kind"] == "train"} == {LossScale.START}
