@@ -10,6 +10,7 @@ The division depends on the shapes and the number of ranks alone, so nobody has 
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from lmcore.optim.groups import Group, ParameterRow
 
 SMALLEST = 1024
+PATIENCE_S = 1800.0
+"""How long a rank waits for another one while the state is collected."""
 SPLIT_ROWS_FROM = 1 << 16
 _OPERATIONS_PER_ELEMENT = 200
 """What reading and writing an element costs, in operations of a matrix product."""
@@ -114,10 +117,16 @@ def collect(pieces: Sequence[Piece], states: Sequence[Tensor | None], template: 
             if state is None:
                 assert piece.owner is not None
                 received = template.new_empty(target.shape, device=piece.row.parameter.device)
-                dist.recv(received, piece.owner)
+                _finished(dist.irecv(received, piece.owner))
                 state = received
             target.copy_(state)
         elif piece.owner == ranks.rank:
             assert state is not None
-            dist.send(state.contiguous(), 0)
+            _finished(dist.isend(state.contiguous(), 0))
     return whole
+
+
+def _finished(work: dist.Work | None) -> None:
+    """Wait for a message between two ranks; gloo alone would wait for ever for one that hangs."""
+    assert work is not None
+    work.wait(datetime.timedelta(seconds=PATIENCE_S))

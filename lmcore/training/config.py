@@ -196,6 +196,8 @@ class TrainConfig(Config):
     """Batches prepared ahead on a thread."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Save and leave (exit 75) before this much time is over."""
+    dist_timeout_s: float = Field(default=120.0, gt=0)
+    """Several processes: how many seconds one waits in a step for another that hangs before all leave (exit 74)."""
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -78,9 +78,9 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
     config = launch.config
     device = machine.resolve_device(config.train.device)
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(parallel.joined(device))
+        world = stack.enter_context(parallel.joined(device, timeout_s=config.train.dist_timeout_s))
         told = observer if world.main else SILENT
-        stop = signals.Stop(config.train.max_minutes, told=told.note)
+        stop = signals.Stop(config.train.max_minutes, told=told.note, echoed=parallel.launched())
         stack.enter_context(signals.caught(stop))
         deterministic = config.train.deterministic
         if deterministic == "auto" and config.train.guard.audit_every:
@@ -209,6 +209,7 @@ class _Run:
             known=() if self.launch.checkpoint is None else (self.step,),
         )
         self.observer.started(self._info())
+        self.world.settle()
         try:
             return self._loop()
         finally:
@@ -478,7 +479,8 @@ class _Run:
 
     def _compile(self, batch: StepBatch) -> None:
         self.observer.phase("compiling")
-        seconds, problem = compile_step(self.stepper, self.model, batch, self.world)
+        with self.world.patiently():
+            seconds, problem = compile_step(self.stepper, self.model, batch, self.world)
         self.observer.phase("")
         if problem:
             self.observer.warn(f"torch.compile failed, the run goes on without it: {problem}")
@@ -631,11 +633,13 @@ class _Run:
             if failure is None:
                 return None
         self._submitted = self.step
+        with self.world.patiently():
+            snapshot = self._snapshot()  # collects the parts of the optimizer's state from the ranks
+            return self._write(snapshot, wait=wait, replace=replace) if self.world.main else None
+
+    def _write(self, snapshot: Snapshot, *, wait: bool, replace: bool) -> LmError | None:
         self.observer.phase("saving")
         began = time.monotonic()
-        snapshot = self._snapshot()  # collects the parts of the optimizer's state from the ranks
-        if not self.world.main:
-            return None
         before = self.writer.saved
         failure = self.writer.save(snapshot, wait=wait, replace=replace)
         self._save_stall_s = time.monotonic() - began

@@ -2,6 +2,10 @@
 
 A world of one needs no process group and costs nothing. Objects are never pickled between ranks: what is exchanged are
 tensors.
+
+When a rank dies or hangs, the others notice: at once when its connections close, else after `train.dist_timeout_s`.
+They leave with one sentence and exit code 74, torchrun ends what is left, and the same command continues from the last
+checkpoint. Set-up, compiling and saving may keep one rank busy for long; there the patience is PATIENCE_S.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmcore.errors import LmError
+from lmcore.errors import Exit, LmError
+from lmcore.optim.sharding import PATIENCE_S
 
-TIMEOUT_S = 120
 _CPU = torch.device("cpu")
 
 
@@ -29,6 +33,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = _CPU
+    timeout_s: float = 120.0
+    """How long this rank waits for another one between two steps."""
 
     @property
     def main(self) -> bool:
@@ -52,7 +58,10 @@ class World:
                     [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, other, partner)]
                 )
                 for item in work:
-                    item.wait()
+                    if tensor.is_cpu:  # gloo lets messages between two ranks wait for ever
+                        item.wait(datetime.timedelta(seconds=self.timeout_s))
+                    else:
+                        item.wait()
                 tensor.add_(other)
             distance *= 2
 
@@ -93,10 +102,27 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def settle(self) -> None:
+        """Wait for all ranks as long as it takes; from here on they are expected to keep in step."""
+        if self.size > 1:
+            dist.barrier()
+            _wait_at_most(self.timeout_s)
+
+    @contextlib.contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Some rank does something long here; the others wait for it at the end."""
+        if self.size > 1:
+            _wait_at_most(max(PATIENCE_S, self.timeout_s))
+        yield
+        self.settle()
+
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """The world that torchrun describes in the environment; a world of one without it."""
+def joined(device: torch.device, *, timeout_s: float = World.timeout_s) -> Iterator[World]:
+    """The world that torchrun describes in the environment; a world of one without it.
+
+    It begins patient, until `settle`. LmError (74) when another rank ends or does not answer in time.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield World(device=device)
@@ -107,17 +133,59 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=float(os.environ.get("LM_DIST_TIMEOUT_S", TIMEOUT_S)))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield World(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=max(PATIENCE_S, timeout_s)),
+        )
+        try:
+            yield World(rank, size, device, timeout_s)
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        told = _lost_rank(error, rank, size, timeout_s)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _wait_at_most(seconds: float) -> None:
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+
+_GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "connectfull", "remote process")
+_SILENT = ("timed out", "timeout", "timeout caused")
+
+
+def _lost_rank(error: RuntimeError, rank: int, size: int, timeout_s: float) -> LmError | None:
+    """What an error of torch.distributed says about the other ranks; None for an error that is about something else."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
+        return None
+    lower = text.lower()
+    if any(word in lower for word in _GONE):
+        what = "another process of this run has ended"
+    elif any(word in lower for word in _SILENT):
+        what = f"another process of this run does not answer (train.dist_timeout_s = {timeout_s:g})"
+    else:
+        what = f"the processes of this run have lost each other ({text.splitlines()[0][:200]})"
+    return LmError(
+        f"rank {rank} of {size}: {what}.",
+        hint="The cause is in what that process said. The same command goes on from the last checkpoint.",
+        code=Exit.IO,
+    )
 
 
 def world_size() -> int:
     """The number of ranks that torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "RANK" in os.environ
 
 
 def is_main() -> bool:

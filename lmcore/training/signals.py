@@ -1,7 +1,8 @@
 """Signals and the clock: why a run should stop, asked between two pieces of work.
 
 The first SIGINT, SIGTERM or SIGUSR1 only sets a flag; the loop finishes its step, saves and leaves. The second one of
-any kind ends the process at once, which is safe because every file on disk is complete or absent.
+any kind ends the process at once, which is safe because every file on disk is complete or absent. A launcher of several
+processes repeats what it receives itself, so there a repetition within a second is an echo and does not count.
 """
 
 from __future__ import annotations
@@ -14,15 +15,25 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+ECHO_S = 1.0
 _CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
     """Whether the run should stop, and why. Polled by the loop; `number` is 0 until a signal has come."""
 
-    def __init__(self, max_minutes: float | None = None, *, told: Callable[[str], None] | None = None) -> None:
-        """max_minutes: leave before this much time is over. told: receives one sentence at the first signal."""
+    def __init__(
+        self,
+        max_minutes: float | None = None,
+        *,
+        told: Callable[[str], None] | None = None,
+        echoed: bool = False,
+    ) -> None:
+        """max_minutes: leave before this much time is over. told: receives one sentence at the first signal. echoed:
+        whether a launcher sends every signal a second time."""
         self.number = 0
+        self._echo_until = 0.0
+        self._echoed = echoed
         self.reserve_s = 0.0
         """Time that saving takes; subtracted from the limit. The loop updates it after every save."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -38,11 +49,14 @@ class Stop:
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
+        if number == self.number and time.monotonic() < self._echo_until:
+            return
         if self.number:  # the second time: now
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.number = number
+        self._echo_until = time.monotonic() + (ECHO_S if self._echoed else 0.0)
         if self._told is not None:
             name = signal.Signals(number).name
             # A handler runs between two bytecodes of the main thread, which may be inside the console's own lock.

@@ -56,10 +56,18 @@ class CheckpointWriter:
             failure = self.wait() or failure
         else:
             copy = dataclasses.replace(snapshot, model=_copied(snapshot.model), optimizer=_copied(snapshot.optimizer))
-            self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
-            self._thread.start()
+            self._start(copy)
         self.stall_s = time.monotonic() - began
         return failure
+
+    def _start(self, copy: Snapshot) -> None:
+        thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for its stack: the training waits for the disk instead
+            self._write(copy)
+        else:
+            self._thread = thread
 
     def wait(self) -> LmError | None:
         """Wait for the save that is under way; its failure, if it failed."""

@@ -56,7 +56,7 @@ def torchrun(lab, ranks, name, *settings, arguments=()):
     config = lab.root / "tiny.yaml"
     lab.root.mkdir(exist_ok=True)
     config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}})))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LM_DIST_TIMEOUT_S": "60"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(key, None)
     typed = list(itertools.chain.from_iterable(("--set", s) for s in settings))
