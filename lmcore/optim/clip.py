@@ -7,11 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lmcore.optim.sharding import local
+
 
 def gradient_norm(parameters: Iterable[Tensor] | Tensor) -> Tensor:
-    """Global L2 norm of the gradients (0-D fp32 tensor, or fp64 if a gradient is; 0 when there is no gradient)."""
+    """Global L2 norm of the gradients (0-D fp32 tensor, or fp64 if a gradient is; 0 when there is no gradient).
+
+    Of sharded gradients only this rank's rows count.
+    """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    gradients = [local(p.grad.detach()) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
     device = gradients[0].device
@@ -27,19 +32,22 @@ def gradient_norm(parameters: Iterable[Tensor] | Tensor) -> Tensor:
     return total
 
 
-def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float | None, *, eps: float = 1e-6) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor] | Tensor, max_norm: float | None, *, eps: float = 1e-6, norm: Tensor | None = None
+) -> Tensor:
     """Scale all gradients in place so that their global L2 norm is at most `max_norm`; return the norm before.
 
     max_norm None or infinite: only measure. If the norm is not finite, nothing is scaled (scaling by it would turn
     every gradient into NaN): test `torch.isfinite(norm)` and leave out the update. Otherwise the gradients are
-    multiplied by min(1, max_norm / (norm + eps)). No device synchronisation.
+    multiplied by min(1, max_norm / (norm + eps)). No device synchronisation. norm: when it is known
+    already, as it must be for sharded gradients.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(parameters) if norm is None else norm
     if max_norm is None or max_norm == float("inf"):
         return norm
     factor = torch.where(torch.isfinite(norm), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)
-    for same in _by_kind([p.grad.detach() for p in parameters if p.grad is not None]):
+    for same in _by_kind([local(p.grad.detach()) for p in parameters if p.grad is not None]):
         torch._foreach_mul_(same, factor.to(same[0].device))
     return norm
 

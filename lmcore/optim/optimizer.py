@@ -30,7 +30,7 @@ from lmcore.optim.clip import gradient_norm
 from lmcore.optim.config import OptimConfig
 from lmcore.optim.groups import Group, ParameterRow, group_fingerprint, group_table, parameter_groups
 from lmcore.optim.schedule import momentum_at, multiplier, weight_decay_at
-from lmcore.optim.sharding import Piece, Ranks, collect, divide, send_pieces
+from lmcore.optim.sharding import Piece, Ranks, collect, divide, gather, local, scatter, send_pieces, travels
 
 
 def build_optimizer(
@@ -54,15 +54,29 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.ranks = ranks
-        self._pieces = divide(groups, ranks.size)
+        if ranks.sharded and any(group.kind == "adamw8bit" for group in groups):
+            raise LmError(
+                "optim.optimizer = adamw8bit cannot be used with train.shard = full: its blocks cross the ranks' rows.",
+                hint="Use adamw or muon.",
+            )
+        self._pieces = divide(groups, ranks.size, sharded=ranks.sharded)
         self._states: dict[str, list[dict[str, Tensor] | None]] = {
             row.name: [
-                _new_state(group, row, config, piece.of(row.parameter.detach())) if self._mine(piece) else None
+                _new_state(group, row, config, self._like(piece)) if self._mine(piece) else None
                 for piece in self._pieces[row.name]
             ]
             for group in groups
             for row in group.rows
         }
+
+    def _like(self, piece: Piece) -> Tensor:
+        """A tensor of the shape and type of a piece of this rank, whose values mean nothing."""
+        parameter = piece.row.parameter.detach()
+        if not self.ranks.sharded:
+            return piece.of(parameter)
+        if not piece.whole:
+            return local(parameter)
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
     def _mine(self, piece: Piece) -> bool:
         return piece.owner is None or piece.owner == self.ranks.rank
@@ -81,12 +95,41 @@ class Optimizer:
                     if state is not None and row.parameter.grad is not None:
                         pieces.append(piece)
                         states.append(state)
+            if self.ranks.sharded:
+                self._update_sharded(group, values, step)
+                continue
             if pieces:
-                _update(group, pieces, states, values, self.config, step)
+                parameters = [piece.of(piece.row.parameter.detach()) for piece in pieces]
+                gradients = [piece.of(g.detach()) for piece in pieces if (g := piece.row.parameter.grad) is not None]
+                _update(group, pieces, parameters, gradients, states, values, self.config, step)
             if self.ranks.size > 1:  # on its way while the next group is updated
                 works += send_pieces([piece for row in group.rows for piece in self._pieces[row.name]])
         for work in works:
             work.wait()
+
+    def _update_sharded(self, group: Group, values: Mapping[str, float], step: int) -> None:
+        """The update of sharded parameters: each rank its rows, a Muon matrix at its owner."""
+        travelling: list[Piece] = []
+        work: list[tuple[Piece, dict[str, Tensor], Tensor, Tensor]] = []
+        for row in group.rows:
+            if row.parameter.grad is None:
+                continue
+            if travels(group, row):
+                travelling += self._pieces[row.name]
+                continue
+            for piece, state in zip(self._pieces[row.name], self._states[row.name], strict=True):
+                if state is not None:
+                    work.append((piece, state, local(row.parameter.detach()), local(_gradient(row))))
+        gradients = gather(travelling, [_gradient(piece.row) for piece in travelling], self.ranks)
+        wholes = gather(travelling, [piece.row.parameter for piece in travelling], self.ranks)
+        for piece, whole, gradient in zip(travelling, wholes, gradients, strict=True):
+            state = self._states[piece.row.name][0]
+            if state is not None and whole is not None and gradient is not None:
+                work.append((piece, state, whole, gradient))
+        if work:
+            pieces, states, parameters, owned = (list(items) for items in zip(*work, strict=True))
+            _update(group, pieces, parameters, owned, states, values, self.config, step)
+        scatter(travelling, wholes, self.ranks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients (or set them to zero)."""
@@ -116,7 +159,15 @@ class Optimizer:
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """Group name -> L2 norm of its gradients (0-D tensor)."""
-        return {group.name: gradient_norm(group.parameters) for group in self.groups}
+        if not self.ranks.sharded:
+            return {group.name: gradient_norm(group.parameters) for group in self.groups}
+        norms = {}
+        for group in self.groups:  # what every rank keeps whole counts once
+            counted = [p for p in group.parameters if local(p) is not p or self.ranks.rank == 0]
+            norms[group.name] = gradient_norm(counted).to(group.parameters[0].device, torch.float64)
+        squares = torch.stack(list(norms.values())).square()
+        dist.all_reduce(squares)
+        return dict(zip(norms, squares.sqrt().unbind(), strict=True))
 
     # ------------------------------------------------------------------------------ identity and state
 
@@ -153,7 +204,7 @@ class Optimizer:
         found = []
         for group in self.groups:
             for row in group.rows:
-                empty = torch.empty_like(row.parameter, device="meta")
+                empty = torch.empty(row.parameter.shape, dtype=row.parameter.dtype, device="meta")
                 found += [(row.name, k, t) for k, t in _new_state(group, row, self.config, empty).items()]
         return found
 
@@ -191,6 +242,12 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
+def _gradient(row: ParameterRow) -> Tensor:
+    gradient = row.parameter.grad
+    assert gradient is not None
+    return gradient.detach()
+
+
 def _new_state(group: Group, row: ParameterRow, config: OptimConfig, piece: Tensor) -> dict[str, Tensor]:
     if group.kind == "muon":
         return muon.new_state(piece, group.layout(row), normuon=config.normuon)
@@ -203,15 +260,13 @@ def _new_state(group: Group, row: ParameterRow, config: OptimConfig, piece: Tens
 def _update(
     group: Group,
     pieces: Sequence[Piece],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
     states: Sequence[dict[str, Tensor]],
     values: Mapping[str, float],
     config: OptimConfig,
     step: int,
 ) -> None:
-    parameters = [piece.of(piece.row.parameter.detach()) for piece in pieces]
-    gradients = [
-        piece.of(piece.row.parameter.grad.detach()) for piece in pieces if piece.row.parameter.grad is not None
-    ]
     if group.kind == "muon":
         muon.muon_update(
             parameters,

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lmcore import storage
 from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.optim.sharding import local, rows_of
 from lmcore.training import tensors
 
 if TYPE_CHECKING:
@@ -299,8 +300,8 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in _unwrapped(model).state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
+        key = (local(tensor).data_ptr(), tuple(tensor.shape))
+        if local(tensor).numel() and key in seen:
             continue
         seen.add(key)
         result[name.replace("_orig_mod.", "")] = tensor
@@ -316,7 +317,12 @@ def load_weights(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
             _compare(wanted, {name: entry.shape for name, entry in entries.items()}, os.fspath(path), "model")
             with torch.no_grad():
                 for name, tensor in wanted.items():
-                    tensor.copy_(tensors.read_tensor(file, entries[name], os.fspath(path)))
+                    whole = tensors.read_tensor(file, entries[name], os.fspath(path))
+                    mesh = getattr(tensor, "device_mesh", None)
+                    if mesh is not None:  # sharded: this rank's rows
+                        start, stop = rows_of(len(whole), mesh.get_local_rank(), mesh.size())
+                        whole = whole[start:stop]
+                    local(tensor).copy_(whole)
     except OSError as error:
         raise from_os_error(error, path, "read") from error
 

@@ -185,6 +185,9 @@ class TrainConfig(Config):
     reduce: Literal["auto", "exact", "fast"] = "auto"
     """exact: gradients are summed in an order that does not depend on the number of ranks, so 1, 2 and 4 ranks give the
     same bits. fast: in the order that costs least. auto: exact on CPU, fast on GPU."""
+    shard: Literal["none", "full"] = "none"
+    """full: the weights and gradients are divided between the ranks too (FSDP2, block by block), for models that do not
+    fit one device; needs reduce=fast, runs without torch.compile, and gives the losses of none within rounding."""
     lanes: int | Literal["auto"] = "auto"
     """Parts of a batch whose gradients are summed as a binary tree (exact only): a power of two, at least the number of
     ranks. auto: the largest up to 4 (or the number of ranks) that divides the rows of a step."""

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmcore.optim.sharding import local
 from lmcore.training.parallel import World
 
 MAX_LANES = 4
@@ -71,6 +72,36 @@ class LaneSum:
     def scale_(self, factor: float) -> None:
         """Multiply all gradients."""
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+
+
+class ShardedSum:
+    """The same for sharded parameters: FSDP2 has summed the gradients over the ranks at every backward already."""
+
+    def __init__(self, parameters: Sequence[Tensor], world: World) -> None:
+        self.parameters = list(parameters)
+        self._world = world
+        self._scalars: Tensor | None = None
+
+    def begin(self) -> None:
+        """A new step: forget all gradients."""
+        self._scalars = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def end_lane(self, scalars: Tensor) -> None:
+        """A lane is complete; its gradients stay where they are."""
+        self._scalars = scalars if self._scalars is None else self._scalars + scalars
+
+    def finish(self) -> Tensor:
+        """The scalars summed over the ranks, and the gradients of parameters that every rank keeps whole."""
+        assert self._scalars is not None
+        kept = [p.grad for p in self.parameters if p.grad is not None and local(p.grad) is p.grad]
+        self._world.sum_(self._scalars, *kept)
+        return self._scalars
+
+    def scale_(self, factor: float) -> None:
+        """Multiply all gradients."""
+        torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], factor)
 
 
 def choose_lanes(rows: int, world_size: int, wanted: int | None = None) -> int:

@@ -98,12 +98,29 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
             return _Run(launch, run, world, stop, told).go()
 
 
-def resolve(config: RunConfig, device: torch.device, world_size: int = 1) -> RunConfig:
-    """The configuration with every "auto" decided for this machine."""
+def resolve(
+    config: RunConfig, device: torch.device, world_size: int = 1, *, recorded: frozenset[str] = frozenset()
+) -> RunConfig:
+    """The configuration with every "auto" decided for this machine.
+
+    recorded: settings that nobody asked for now, decided earlier for what may have been another number of ranks; they
+    give way where they do not fit.
+    """
     train = config.train
     dtype, _ = machine.resolve_dtype(train.dtype, device)
     rows = config.rows
     reduce = train.reduce if train.reduce != "auto" else ("exact" if device.type == "cpu" else "fast")
+    compiled = wants_compile(config, device) if train.compile == "auto" else train.compile
+    if train.shard == "full" and world_size > 1:
+        for key, value, unfit in (
+            ("reduce", "exact", train.reduce == "exact"),
+            ("compile", "true", train.compile is True),
+        ):
+            if unfit and f"train.{key}" not in recorded:
+                raise LmError(
+                    f"train.{key} = {value} is not possible with train.shard = full.", hint="Leave it at auto."
+                )
+        reduce, compiled = "fast", False
     if reduce == "exact":
         lanes = choose_lanes(rows, world_size) if train.lanes == "auto" else train.lanes
     else:
@@ -119,6 +136,8 @@ def resolve(config: RunConfig, device: torch.device, world_size: int = 1) -> Run
     if micro == "auto":
         room = max(1, (8_192 if device.type == "cpu" else 65_536) // config.model.context_length)
         micro = max(n for n in range(1, per_lane + 1) if per_lane % n == 0 and n <= max(room, 1))
+    elif "train.micro_batch" in recorded:
+        micro = math.gcd(micro, per_lane)
     elif per_lane % micro:
         fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
         raise LmError(
@@ -135,7 +154,7 @@ def resolve(config: RunConfig, device: torch.device, world_size: int = 1) -> Run
                     "reduce": reduce,
                     "lanes": lanes,
                     "micro_batch": micro,
-                    "compile": wants_compile(config, device) if train.compile == "auto" else train.compile,
+                    "compile": compiled,
                 }
             )
         }
@@ -153,10 +172,13 @@ class _Run:
     ) -> None:
         self.launch, self.run, self.world, self.stop, self.observer = launch, run, world, stop, observer
         _, self.dtype_reason = machine.resolve_dtype(launch.config.train.dtype, world.device)
-        self.config = config = resolve(launch.config, world.device, world.size)
+        recorded = {"train.micro_batch", "train.reduce", "train.compile"} if launch.exists else set()
+        recorded -= {key for key, _, _ in launch.changes}
+        self.config = config = resolve(launch.config, world.device, world.size, recorded=frozenset(recorded))
         train = config.train
         assert isinstance(train.lanes, int)
         assert isinstance(train.micro_batch, int)
+        self.sharded = train.shard == "full" and world.size > 1
         self.total = config.total_steps
         self.step, self.sample = 0, 0
         self.rollbacks = 0
@@ -213,7 +235,10 @@ class _Run:
         try:
             return self._loop()
         finally:
-            self.writer.wait()
+            try:
+                self.writer.wait()
+            finally:
+                self.writer.close()
             self.trackers.close()
             if isinstance(self.data.samples, TextStream):
                 self.data.samples.close()
@@ -235,7 +260,10 @@ class _Run:
         config, train = self.config, self.config.train
         self.model = LanguageModel(config.model)
         self.model.init_weights(train.seed)
-        self.model.to(self.world.device)
+        if self.sharded:
+            parallel.shard_model(self.model, self.world)
+        else:
+            self.model.to(self.world.device)
         compute = machine.DTYPES[train.dtype]
         self.model.compute_dtype = None if compute is torch.float32 else compute
         every = {"none": 0, "selective": 2, "full": 1}[train.activation_checkpointing]
@@ -246,7 +274,7 @@ class _Run:
             self.model.parameter_table(),
             config.optim,
             total_steps=self.total,
-            ranks=Ranks(self.world.rank, self.world.size),
+            ranks=Ranks(self.world.rank, self.world.size, self.sharded, self.world.timeout_s),
         )
         self.stepper = Stepper(
             self.model,
@@ -257,6 +285,7 @@ class _Run:
             exact=train.reduce == "exact",
             scale=self.scale,
             sources=len(self.data.samples.samplers) if isinstance(self.data.samples, Mixture) else 0,
+            sharded=self.sharded,
         )
 
     def _find_peak(self) -> None:
@@ -504,6 +533,7 @@ class _Run:
                     batch_rows=self.shape.micro,
                     byte_lengths=self.data.byte_lengths,
                     stopped=lambda: bool(self.stop.number),
+                    together=self.sharded,
                 )
             if found is None:
                 self.observer.phase("")
@@ -526,9 +556,11 @@ class _Run:
             record["sources"] = {n: {"loss": v.loss, "bits_per_byte": v.bits_per_byte} for n, v in results.items()}
         self.validation = {key: record[key] for key in ("loss", "bits_per_byte", "sources") if key in record}
         self.validated_at = self.step
-        if self.world.main:
+        sinks: list[float] = []
+        if self.world.main or self.sharded:
             with torch.compiler.set_stance("force_eager"):
                 sinks = attention_sinks(self.model, next(iter(self.data.val.values())))
+        if self.world.main:
             if sinks:
                 record["metrics"] = {"attention/sink": sinks}
             record = _finite(record) | {"seconds": time.perf_counter() - began}
@@ -603,9 +635,10 @@ class _Run:
     # ------------------------------------------------------------------------------------ saving and restoring
 
     def _snapshot(self) -> Snapshot:
+        weights = checkpoint.model_tensors(self.model)
         return Snapshot(
             step=self.step,
-            model=checkpoint.model_tensors(self.model),
+            model=parallel.gathered(weights, self.world) if self.sharded else weights,
             optimizer=self.optimizer.state_tensors(),
             state={
                 "step": self.step,
@@ -722,6 +755,7 @@ class _Run:
             "compile": bool(self.config.train.compile),
             "dtype": self.config.train.dtype,
             "reduce": self.config.train.reduce,
+            "shard": "full" if self.sharded else "none",
             "lanes": self.shape.lanes,
             "micro_batch": self.shape.micro,
             "world_size": 1 if self.config.train.reduce == "exact" else self.world.size,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lmcore.errors import Exit, LmError
+from lmcore.model.model import LanguageModel
 from lmcore.optim.sharding import PATIENCE_S
 
 _CPU = torch.device("cpu")
@@ -176,6 +177,43 @@ def _lost_rank(error: RuntimeError, rank: int, size: int, timeout_s: float) -> L
         hint="The cause is in what that process said. The same command goes on from the last checkpoint.",
         code=Exit.IO,
     )
+
+
+# ---------------------------------------------------------------------------------------- sharded weights
+
+
+def shard_model(model: LanguageModel, world: World) -> None:
+    """Divide the weights between the ranks (FSDP2): block by block, embedding and head with the rest.
+
+    Parameters become DTensors, cut along their first dimension; a block is whole only while it computes. Gradients are
+    summed, not averaged. Every forward and backward is from now on a collective call.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    single = {p for p in model.parameters() if p.ndim == 0}  # a number cannot be cut: every rank keeps it
+    for parameter in single:
+        parameter.data = parameter.data.to(world.device)
+    for block in (*model.blocks, *model.mtp):
+        fully_shard(block, mesh=mesh, ignored_params=single)
+    fully_shard(model, mesh=mesh, ignored_params=single)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    for method in ("loss", "trunk"):
+        register_fsdp_forward_method(model, method)
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors in main memory on the main rank, nothing elsewhere, one after the other. Collective."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if world.main:
+            whole[name] = full.detach().cpu()
+    return whole
 
 
 def world_size() -> int:

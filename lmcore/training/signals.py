@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -37,7 +38,11 @@ class Stop:
         self.reserve_s = 0.0
         """Time that saving takes; subtracted from the limit. The loop updates it after every save."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._told = told
+        # The thread that speaks exists from the beginning: a handler runs between two bytecodes of the main thread,
+        # which may be inside the console's own lock, and starting a thread can wait for ever when memory has run out.
+        self._words: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        if told is not None:
+            threading.Thread(target=_speak, args=(self._words, told), name="signals", daemon=True).start()
 
     def reason(self) -> str:
         """ "" to go on; otherwise "signal" or "time"."""
@@ -57,11 +62,17 @@ class Stop:
             return
         self.number = number
         self._echo_until = time.monotonic() + (ECHO_S if self._echoed else 0.0)
-        if self._told is not None:
-            name = signal.Signals(number).name
-            # A handler runs between two bytecodes of the main thread, which may be inside the console's own lock.
-            text = f"{name}: finishing the step, then saving (again to stop at once without saving)"
-            threading.Thread(target=self._told, args=(text,), daemon=True).start()
+        name = signal.Signals(number).name
+        self._words.put(f"{name}: finishing the step, then saving (again to stop at once without saving)")
+
+    def close(self) -> None:
+        """No more signals are expected."""
+        self._words.put(None)
+
+
+def _speak(words: queue.SimpleQueue[str | None], told: Callable[[str], None]) -> None:
+    for text in iter(words.get, None):
+        told(text)
 
 
 @contextlib.contextmanager
@@ -70,6 +81,7 @@ def caught(stop: Stop) -> Iterator[None]:
     nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
+        stop.close()
         return
     before = {number: signal.signal(number, stop.receive) for number in _CAUGHT}
     try:
@@ -77,3 +89,4 @@ def caught(stop: Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop.close()

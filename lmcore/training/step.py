@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from lmcore.model.model import LanguageModel
 from lmcore.optim.clip import clip_gradients
 from lmcore.optim.optimizer import Optimizer
+from lmcore.optim.sharding import local
 from lmcore.training.batches import MicroBatch, Shape, StepBatch
 from lmcore.training.guards import LossScale
-from lmcore.training.lanes import LaneSum
+from lmcore.training.lanes import LaneSum, ShardedSum
 from lmcore.training.parallel import World
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -73,12 +74,17 @@ class Stepper:
         exact: bool,
         scale: LossScale,
         sources: int = 0,
+        sharded: bool = False,
     ) -> None:
-        """sources: how many sources the rows come from, when their losses are to be told apart; 0 for one."""
+        """sources: how many sources the rows come from, when their losses are to be told apart; 0 for one. sharded:
+        whether the weights are divided between the ranks (parallel.shard_model)."""
         self.model, self.optimizer, self.world, self.shape, self.scale = model, optimizer, world, shape, scale
         self._seed = seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._lanes = LaneSum(self._parameters, world, exact=exact)
+        self._sharded = sharded
+        self._lanes: LaneSum | ShardedSum = (
+            ShardedSum(self._parameters, world) if sharded else LaneSum(self._parameters, world, exact=exact)
+        )
         per_micro = model.term_counts(shape.micro, model.config.context_length)
         self._names = list(per_micro)
         self._sources = sources
@@ -156,14 +162,17 @@ class Stepper:
         return numbers
 
     def held_gradients(self) -> list[Tensor | None]:
-        """What `gradients` left in `.grad`, in the order of the parameters."""
-        return [parameter.grad for parameter in self._parameters]
+        """What `gradients` left in `.grad` on this rank, in the order of the parameters."""
+        return [None if parameter.grad is None else local(parameter.grad) for parameter in self._parameters]
 
     def update(self, step: int, max_norm: float | None) -> None:
         """Clip and apply the gradients that `gradients` left behind."""
         began = time.perf_counter()
         if max_norm:
-            clip_gradients(self._parameters, max_norm)
+            norm = None
+            if self._sharded:
+                norm = torch.linalg.vector_norm(torch.stack(list(self.optimizer.gradient_norms().values())))
+            clip_gradients(self._parameters, max_norm, norm=norm)
         self.optimizer.step(step)
         found = self.model.after_step(self._all_reduce if self.world.size > 1 else None)
         self.utilisation = {name: value.tolist() for name, value in found.items()}

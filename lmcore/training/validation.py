@@ -51,31 +51,40 @@ def validate(
     batch_rows: int,
     byte_lengths: npt.NDArray[np.int64] | None,
     stopped: Callable[[], bool] = lambda: False,
+    together: bool = False,
 ) -> Validation | None:
     """Score the stream; None when `stopped` said so on the way. The ranks share the windows.
 
-    A model with depth routing reads every window twice, for both losses.
+    A model with depth routing reads every window twice, for both losses. together: a forward pass needs all ranks
+    (sharded weights), so all run equally many.
     """
     length = min(model.config.context_length, len(stream) - 1)
-    starts = window_starts(len(stream), length, max_tokens)[world.rank :: world.size]
+    windows = window_starts(len(stream), length, max_tokens)
+    starts = windows[world.rank :: world.size]
+    passes = -(-len(windows[:: world.size]) // batch_rows)  # of the rank with the most windows
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, nats in top-k mode
     routed = any(kind.depth == "m" for kind in model.config.layers)
     training = model.training
     model.eval()
     halted = False
     try:
-        for first in range(0, len(starts), batch_rows):
-            if stopped():
+        for first in range(0, (passes if together else -(-len(starts) // batch_rows)) * batch_rows, batch_rows):
+            if world.maximum(int(stopped())) if together else stopped():
                 halted = True
                 break
-            tokens: npt.NDArray[Any] = stream.windows(starts[first : first + batch_rows], length + 1).astype(np.int64)
+            own = starts[first : first + batch_rows]
+            counts = len(own) > 0
+            tokens: npt.NDArray[Any] = stream.windows(own if counts else windows[:1], length + 1).astype(np.int64)
             batch = torch.from_numpy(tokens).to(world.device)
             inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
             term = model.loss(inputs, targets).main
             if routed:
                 model.set_depth_mode("topk")
-                sums[3] += float(model.loss(inputs, targets).main.sum)
+                chosen = model.loss(inputs, targets).main
                 model.set_depth_mode("auto")
+                sums[3] += float(chosen.sum) if counts else 0.0
+            if not counts:
+                continue
             sums[0] += float(term.sum)
             sums[1] += int(term.count)
             if byte_lengths is not None:

@@ -8,6 +8,7 @@ an error.
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lmcore.errors import LmError
+from lmcore.errors import Exit, LmError
 from lmcore.training import checkpoint
 from lmcore.training.checkpoint import Snapshot
 
@@ -37,7 +38,13 @@ class CheckpointWriter:
         steps."""
         self._checkpoints, self._keep, self._keep_every = checkpoints, keep, keep_every
         self._background, self._before_commit = background, before_commit
-        self._thread: threading.Thread | None = None
+        # The thread exists from the beginning: when memory runs out, starting one can wait for ever.
+        self._jobs: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._bug: BaseException | None = None
+        if background:
+            threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
         self._failure: LmError | None = None
         self.verified: set[int] = set(known)
         self.saved: tuple[int, Path] | None = None
@@ -56,26 +63,31 @@ class CheckpointWriter:
             failure = self.wait() or failure
         else:
             copy = dataclasses.replace(snapshot, model=_copied(snapshot.model), optimizer=_copied(snapshot.optimizer))
-            self._start(copy)
+            self._idle.clear()
+            self._jobs.put(copy)
         self.stall_s = time.monotonic() - began
         return failure
 
-    def _start(self, copy: Snapshot) -> None:
-        thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
-        try:
-            thread.start()
-        except RuntimeError:  # no memory for its stack: the training waits for the disk instead
-            self._write(copy)
-        else:
-            self._thread = thread
-
     def wait(self) -> LmError | None:
         """Wait for the save that is under way; its failure, if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
+        if self._bug is not None:
+            raise self._bug
         failure, self._failure = self._failure, None
         return failure
+
+    def close(self) -> None:
+        """End the thread when it has done its work."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        for snapshot in iter(self._jobs.get, None):
+            try:
+                self._write(snapshot)
+            except BaseException as error:  # for whoever waits; a thread that dies in silence loses a checkpoint
+                self._bug = error
+            del snapshot  # its memory is needed before the next one comes
+            self._idle.set()
 
     def _write(self, snapshot: Snapshot, replace: bool = False) -> None:
         began = time.monotonic()
@@ -88,6 +100,8 @@ class CheckpointWriter:
             checkpoint.prune(self._checkpoints, keep=self._keep, keep_every=self._keep_every, known=self.verified)
         except LmError as error:
             self._failure = error
+        except MemoryError:
+            self._failure = LmError("there is no memory left to write a checkpoint.", code=Exit.IO)
         except OSError as error:
             from lmcore.errors import from_os_error
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmcore.config import merge, parse_overrides
+from lmcore.config import dump_yaml, merge, parse_overrides
 from lmcore.training.launch import Launch, prepare
 from lmcore.training.loop import RunResult, train
 from lmcore.training.observe import Silent
 from lmcore.training.rundir import read_metrics
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "context_length": 32},
     "optim": {"optimizer": "muon", "warmup_steps": 4},
@@ -83,3 +90,46 @@ class Lab:
 
     def run(self, name: str, *settings: str, watch: Watch | None = None, **keywords: Any) -> RunResult:
         return train(self.prepare(name, *settings, **keywords), observer=watch or Watch())
+
+    def start_ranks(self, count: int, name: str, *settings: str) -> list[subprocess.Popen[str]]:
+        """The ranks of a run as processes, as a launcher without supervision would start them."""
+        self.root.mkdir(exist_ok=True)
+        config = self.root / "tiny.yaml"
+        config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(self.data)}})))
+        typed = itertools.chain.from_iterable(("--set", setting) for setting in settings)
+        command = [sys.executable, "-m", "lmcore", "train", str(self.root / name), "--preset", str(config), *typed]
+        port = str(random.SystemRandom().randrange(20_000, 60_000))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        return [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(ROOT),
+                    **(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
+                },
+            )
+            for rank in range(count)
+        ]
+
+    def run_ranks(self, count: int, name: str, *settings: str) -> None:
+        """Start ranks and wait until all have finished well."""
+        for rank in self.start_ranks(count, name, *settings):
+            _, said = rank.communicate(timeout=300)
+            assert rank.returncode == 0, said
+
+    def wait_for_step(self, name: str, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+        """Until the log of a run that is under way has so many lines."""
+        log = self.root / name / "metrics.jsonl"
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
+            if log.is_file() and log.read_bytes().count(b"\n") >= step:
+                return
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.kill()
+        raise AssertionError([rank.communicate() for rank in ranks])

@@ -1,58 +1,27 @@
 """One process of several dies or hangs: the others leave in time with one sentence, and the same command continues."""
 
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TINY, curve, hashes
+from small_runs import curve, hashes
 
-from lmcore.config import dump_yaml, merge
 from lmcore.training import checkpoint
 from lmcore.training.parallel import _lost_rank
 from lmcore.training.signals import Stop
 
-ROOT = Path(__file__).parents[2]
 STEPS = 120
 TIMEOUT_S = 4
 
 
-def start(lab, name):
-    """Two ranks, as a launcher without supervision would start them."""
-    config = lab.root / "tiny.yaml"
-    lab.root.mkdir(exist_ok=True)
-    long = {"steps": STEPS, "dist_timeout_s": TIMEOUT_S, "eval": {"every_steps": 0}, "checkpoint": {"every_steps": 50}}
-    config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}, "train": long})))
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
-    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "lmcore", "train", str(lab.root / name), "--preset", str(config)]
-    return [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-
-
-def wait_for_step(lab, name, step, ranks):
-    log = lab.root / name / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
-        if log.is_file() and log.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.01)
-    for rank in ranks:
-        rank.kill()
-    raise AssertionError([rank.communicate() for rank in ranks])
+LONG = (
+    f"train.steps={STEPS}",
+    f"train.dist_timeout_s={TIMEOUT_S}",
+    "train.eval.every_steps=0",
+    "train.checkpoint.every_steps=50",
+)
 
 
 @pytest.mark.slow
@@ -64,8 +33,8 @@ def wait_for_step(lab, name, step, ranks):
     ],
 )
 def test_the_others_leave_and_the_same_command_continues(lab, number, victim, within, words):
-    ranks = start(lab, "run")
-    wait_for_step(lab, "run", 55, ranks)
+    ranks = lab.start_ranks(2, "run", *LONG)
+    lab.wait_for_step("run", 55, ranks)
     began = time.monotonic()
     ranks[victim].send_signal(number)
     survivor = ranks[1 - victim]
@@ -84,9 +53,8 @@ def test_the_others_leave_and_the_same_command_continues(lab, number, victim, wi
     assert newest is not None
     assert checkpoint.step_of(newest) >= 50
 
-    settings = (f"train.steps={STEPS}", "train.eval.every_steps=0", "train.checkpoint.every_steps=50")
-    assert lab.run("run", *settings).step == STEPS  # continued on one rank
-    lab.run("alone", *settings)  # never disturbed
+    assert lab.run("run", *LONG).step == STEPS  # continued on one rank
+    lab.run("alone", *LONG)  # never disturbed
     assert hashes(lab.root / "run") == hashes(lab.root / "alone")
     assert curve(lab.root / "run") == curve(lab.root / "alone")
 

@@ -73,6 +73,28 @@ def test_a_failed_save_is_reported_and_leaves_nothing(tmp_path, file_limit):
     assert checkpoint.is_sound(tmp_path / "step-00000001")
 
 
+def test_a_save_without_memory_is_a_failed_save(tmp_path, monkeypatch):
+    """The thread that writes lives on, and the next save works."""
+    saver = writer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *_, **__: bytearray(1 << 62))
+        saver.save(snapshot(1, torch.ones(3)))
+        failure = saver.wait()
+    assert failure is not None
+    assert "no memory left" in failure.message
+    saver.save(snapshot(2, torch.ones(3)))
+    assert saver.wait() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_bug_on_the_thread_is_not_lost(tmp_path, monkeypatch):
+    saver = writer(tmp_path)
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **__: 1 // 0)
+    saver.save(snapshot(1, torch.ones(3)))
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+
+
 def test_training_goes_on_when_a_periodic_save_fails(lab, file_limit):
     lab.run("whole")
     watch = Watch({4: lambda: file_limit(30_000), 5: lambda: file_limit(resource.RLIM_INFINITY)})
