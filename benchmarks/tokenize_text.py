@@ -1,8 +1,18 @@
 """How fast text becomes shards: ours against the bare encoder, a plain writer on `tokenizers`, datatrove and dolma.
 
+    python benchmarks/tokenize_text.py --make-corpus CORPUS_DIR --trees TEXTS SITE_PACKAGES
     python benchmarks/tokenize_text.py --corpus CORPUS_DIR --repeats 3
-    python benchmarks/tokenize_text.py --make-corpus CORPUS_DIR      (parquet of the .py files of this environment)
     ... --datatrove /path/to/venv/bin/python --dolma /path/to/venv/bin/dolma
+
+TEXTS is any folder of documentation and code. For the figures in docs/benchmarks.md it held these Debian 12 packages,
+each `apt-get download NAME` and `dpkg-deb -x NAME_*.deb TEXTS/NAME`, and of the kernel's tar file the folders
+Documentation, kernel, mm, fs, net, lib and arch/x86 (834 MB of text, three quarters of it prose, in a dozen languages):
+
+    acl2-books-source anarchism bible-kjv-text cppreference-doc-en-html debian-faq debian-handbook debian-policy
+    debian-reference-{de,en,es,fr,ja,zh-cn} developers-reference dict-{foldoc,gcide,jargon,wn} emacs-common erlang-doc
+    fortunes gimp-help-{de,en} git-doc gnucash-docs libreoffice-help-{de,en-us,es,fr,ja,ru,zh-cn} lilypond-doc-html
+    linux-doc-6.1 linux-source-6.1 manpages manpages-{de,dev,fr,ru} maxima-doc nodejs-doc octave-doc openjdk-17-doc
+    perl-doc postgresql-doc-15 python-django-doc python-scipy-doc python3.11-doc qtbase5-doc-html rust-doc sagemath-doc
 
     bare       the parquet text already in memory -> ids in memory, gigatoken on all cores, nothing else: the ceiling
     ours       lm tokenize: read parquet, encode, index, hash, write, fsync, manifest; verified and audited
@@ -226,6 +236,9 @@ def run_bare(options: argparse.Namespace) -> dict[str, float]:
     """All cores on batches of 4 MB that lie in memory; the ids are thrown away."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from lmcore.data.heap import keep_freed_memory
+
+    keep_freed_memory()  # as ours has it
     from lmcore.data.encoder import GigatokenEncoder
     from lmcore.data.readers import read
     from lmcore.data.sources import resolve
@@ -240,6 +253,9 @@ def run_bare(options: argparse.Namespace) -> dict[str, float]:
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, float]:
+    from lmcore.data.heap import keep_freed_memory
+
+    keep_freed_memory()
     from lmcore.data.plan import TokenizeConfig
     from lmcore.data.tokenization import tokenize
 

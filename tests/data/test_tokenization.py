@@ -585,3 +585,32 @@ def test_interrupt_finishes_the_shard_under_way(
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     assert tokenize(config(corpus, small), tmp_path / "set").resumed_shards == caught.value.shards
+
+
+PEAK = """
+import sys
+from lmcore.data.heap import keep_freed_memory
+keep_freed_memory()
+from lmcore.data.tokenization import TokenizeConfig, tokenize
+report = tokenize(TokenizeConfig(paths=(sys.argv[1],), tokenizer=sys.argv[2]), sys.argv[3])
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(report.n_docs, report.n_bytes, peak >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_document_of_200_megabytes_fits_into_two_gibibytes(tmp_path: Path, small: Path, suffix: str) -> None:
+    words = [word for text in TEXTS for word in text.split()]
+    random.Random(0).shuffle(words)
+    page = " ".join(words)
+    huge = page * (200_000_000 // len(page.encode()) + 1)
+    write = corpora.write_parquet if suffix == "parquet" else corpora.write_jsonl
+    write(tmp_path / f"a.{suffix}", ["before", huge, "after"])
+    command = [sys.executable, "-c", PEAK, str(tmp_path / f"a.{suffix}"), str(small), str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    documents, size, peak_mib = map(int, done.stdout.split())
+    assert documents == 3
+    assert size == len(huge.encode()) + len("before" + "after")
+    assert peak_mib < 2048
