@@ -45,7 +45,7 @@ def test_the_others_leave_and_the_same_command_continues(lab, number, victim, wi
         ranks[victim].kill()
         ranks[victim].communicate()
     assert survivor.returncode == 74
-    assert took < within + 5  # a loaded machine ends processes slowly
+    assert took < within + 25  # a loaded machine ends processes slowly
     assert said.count("error:") == 1
     assert words in said
     assert "Traceback" not in said

@@ -59,6 +59,11 @@ def lm(*arguments, cwd=None, **environment):
     )
 
 
+def finished(process):
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+
+
 def tree(root):
     """Every file by its relative name; what is a time or a duration for people is left out of JSON."""
 
@@ -106,10 +111,8 @@ def test_a_clock_that_jumps_ten_years_changes_no_byte(tmp_path):
             ("tokenize", tmp_path / "text", "--out", data, "--tokenizer", "byte", "--seq-len", 2048, "--workers", 2),
             ("split", data, "--val-fraction", "0.2"),
         ):
-            process = lm(*arguments, **environment)
-            assert process.wait(timeout=300) == 0, process.communicate()
-        process = lm("train", "run", "--preset", "../tiny.yaml", cwd=root, **environment)
-        assert process.wait(timeout=300) == 0, process.communicate()
+            finished(lm(*arguments, **environment))
+        finished(lm("train", "run", "--preset", "../tiny.yaml", cwd=root, **environment))
         trees.append(tree(root))
     assert sorted(trees[0]) == sorted(trees[1])
     assert [name for name in trees[0] if trees[0][name] != trees[1][name]] == []
