@@ -118,7 +118,14 @@ def prepare(
             raw = merge({"model": original.model.model_dump(mode="json")}, raw)
         if hours is not None:
             raw = _with_tokens(raw, _recorded_tokens(run_dir, hours))
-        repeated, _ = _complete(raw)
+        try:
+            repeated, _ = _complete(raw)
+        except LmError as error:
+            raise LmError(
+                f"{run_dir} holds a run, and this command describes another one: {error.message}",
+                hint=f"Continue it as it is with: lm train --resume {run_dir}",
+                code=error.code,
+            ) from error
         changed = [d for d in differences(original, repeated) if d[2] != "auto" and not _same_data(d)]
         refused = [d for d in changed if d[3] != "free"]
         if refused:

@@ -38,6 +38,13 @@ def test_another_command_in_the_same_directory_is_refused_with_a_table(lab):
     assert caught.value.code == 2
 
 
+def test_a_command_without_the_data_of_the_run_points_to_resume(lab):
+    stopped(lab, "run")
+    with pytest.raises(LmError, match=r"holds a run.*no such shard set") as caught:
+        lab.run("run", "data.train=/nowhere/set")
+    assert caught.value.hint == f"Continue it as it is with: lm train --resume {lab.root / 'run'}"
+
+
 def test_free_settings_may_change(lab):
     lab.run("whole")
     stopped(lab, "run")
