@@ -125,6 +125,7 @@ def main() -> None:
     _, raw = read_preset(a.preset)
     config = settled(build(RunConfig, merge(raw, {"model": {"vocab_size": 8192}})))
     config = resolve(config, torch.device("cpu"))
+    fast = config.train.dtype  # what the machine is fast at: bf16, or fp32
     generator = np.random.default_rng(0)
     tokens = torch.from_numpy(generator.integers(0, 8192, (config.rows, config.model.context_length + 1)))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -135,13 +136,15 @@ def main() -> None:
     candidates = {
         "plain fp32": plain(config, rows, False),
         "ours fp32, AdamW": ours(adamw, rows, False, "fp32", []),
-        "ours bf16, AdamW": ours(adamw, rows, False, "bf16", []),
-        "ours bf16, Muon": ours(config, rows, False, "bf16", parts),
+        f"ours {fast}, Muon": ours(config, rows, False, fast, parts),
     }
+    if fast != "fp32":
+        candidates[f"ours {fast}, AdamW"] = ours(adamw, rows, False, fast, [])
     if not a.no_compile:
         candidates |= {
             "plain fp32 compiled": plain(config, rows, True),
-            "ours bf16 compiled, Muon": ours(config, rows, True, "bf16", []),
+            f"ours {fast} compiled, AdamW": ours(adamw, rows, True, fast, []),
+            f"ours {fast} compiled, Muon": ours(config, rows, True, fast, []),
         }
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with numerics(deterministic=True, tf32=False, threads=a.threads):

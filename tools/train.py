@@ -249,6 +249,10 @@ def command(
     from lmcore.config import merge, parse_overrides
     from lmcore.errors import LmError
 
+    if stream is not None:
+        from lmcore.data.heap import keep_freed_memory
+
+        keep_freed_memory()  # before Arrow is loaded
     if run is not None and out is not None:
         raise LmError(f"the run directory is given twice: {run} and --out {out}.")
     flags = _flags(
