@@ -250,6 +250,18 @@ def fsync_directory(path: PathLike) -> None:
         raise from_os_error(error, path, "write") from error
 
 
+def fsync_file(path: PathLike) -> None:
+    """Make the content of a file durable that may be visible only: whoever wrote it may have died before its sync."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise from_os_error(error, path, "write") from error
+
+
 def require_free_space(path: PathLike, needed: int, what: str) -> None:
     """Refuse to start (74) when the file system of `path` has less than `needed` bytes free."""
     folder = Path(path).absolute()

@@ -103,8 +103,12 @@ def recover(directory: Path) -> list[Committed]:
     committed = read_journal(directory)
     path = directory / JOURNAL
     lines = [storage.canonical_json(line.to_json()) + b"\n" for line in committed]
-    if path.exists() and path.read_bytes() != b"".join(lines):
-        storage.write_file(path, b"".join(lines))
+    if path.exists():
+        if path.read_bytes() != b"".join(lines):
+            storage.write_file(path, b"".join(lines))
+        else:
+            storage.fsync_file(path)  # the last line may be visible only, and the manifest must not come before it
+            storage.fsync_directory(directory)
     expected: dict[str, int | None] = {}
     for line in committed:
         expected[f"{line.entry.name}.npy"] = line.entry.bytes

@@ -43,6 +43,9 @@ class Shards:
                 storage.fsync_directory(deep)
                 return
             done = len(storage.read_json_lines(deep / "journal.jsonl"))
+            if done:
+                storage.fsync_file(deep / "journal.jsonl")
+                storage.fsync_directory(deep)
             for index in range(done, self._count):
                 data = _blob(f"shard {index}", self._size)
                 # The padding makes a line span sectors, so that it can be torn.
@@ -225,9 +228,9 @@ def _write_once(descriptor: int, data: Any) -> None:
     os.write(descriptor, data)
 
 
-def _swallow(path: Any, chunks: Any, size: int | None) -> Any:
+def _swallow(*arguments: Any, **named: Any) -> Any:
     with contextlib.suppress(OSError):
-        return _real_create(path, chunks, size)
+        return _real_create(*arguments, **named)
     return storage.FileDigest(0, "")
 
 
