@@ -104,6 +104,7 @@ def test_pieces_of_a_large_tensor_change_no_bit(monkeypatch):
     assert torch.equal(run(), whole)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, raised while it compiles the other one
 def test_against_torchao():
     """An independent implementation, when it is there: as near to fp32 AdamW as ours, or ours nearer."""
     low_bit = pytest.importorskip("torchao.optim", reason="torchao is not installed: no second opinion on 8-bit AdamW")
