@@ -30,10 +30,12 @@ import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
@@ -187,20 +189,49 @@ def chunked_scan(
     x, b, c = split(x), split(b), split(c)
     s = split(a).cumsum(-1)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay = (s[..., :, None] - s[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+    decay = (s[..., :, None] - s[..., None, :]).masked_fill_(~lower, -torch.inf).exp_()
     y = ((c @ b.mT) * decay) @ x
     end = s[..., -1:]
     added = (x * (end - s).exp()[..., None]).mT @ b  # (B, chunks, G, heads per group, P, N)
     if state is None:
         state = x.new_zeros(batch, heads, channels, size)
-    h = state.unflatten(1, (groups, -1))
-    before = []
-    for i in range(x.shape[1]):
-        before.append(h)
-        h = end[:, i].exp()[..., None] * h + added[:, i]
-    y = y + (c @ torch.stack(before, 1).mT) * s.exp()[..., None]
+    before, h = _Carry.apply(end[..., None].exp(), added, state.unflatten(1, (groups, -1)))  # type: ignore[no-untyped-call]
+    y = y + (c @ before.mT) * s.exp()[..., None]
     y = y.movedim(4, 2).flatten(3, 4).flatten(1, 2)
     return y[:, :steps], h.flatten(1, 2)
+
+
+class _Carry(torch.autograd.Function):
+    """The states before every chunk and after the last: h_{i+1} = d_i h_i + u_i.
+
+    Backward is the same recurrence from the end: g_i = d_i g_{i+1} + (upstream of h_i), where g_{i+1} is also the
+    gradient of u_i. All states are in one tensor each way: autograd's own graph held each of them two or three times,
+    as small blocks that tore the heap apart (16 layers at 32,768 tokens: 799 MB resident for 583 MB of tensors).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """decay: (B, chunks, G, heads per group, 1, 1); added: (B, chunks, G, heads per group, P, N); state: h_0."""
+        before = torch.empty_like(added)
+        h = state.clone()
+        for i in range(added.shape[1]):
+            before[:, i] = h
+            h.mul_(decay[:, i]).add_(added[:, i])
+        ctx.save_for_backward(decay, before)
+        return before, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decay, before = ctx.saved_tensors
+        added = torch.empty_like(before)
+        g = last.clone()
+        for i in reversed(range(before.shape[1])):
+            added[:, i] = g
+            g.mul_(decay[:, i]).add_(upstream[:, i])
+        # The sum over P and N as a product of vectors: no third tensor of this size.
+        rows = (before.flatten(0, 3).flatten(1), added.flatten(0, 3).flatten(1))
+        return torch.linalg.vecdot(*rows).view_as(decay), added, g
 
 
 PACKAGES = {

@@ -63,6 +63,15 @@ def test_gradients_equal_those_of_the_recurrence():
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
+def test_gradients_equal_finite_differences():
+    torch.manual_seed(0)
+    x = torch.randn(1, 7, 2, 2, dtype=torch.float64)
+    a = -F.softplus(torch.randn(1, 7, 2, dtype=torch.float64))
+    b, c = (torch.randn(1, 7, 1, 3, dtype=torch.float64) for _ in range(2))
+    inputs = [t.requires_grad_() for t in (x, a, b, c, torch.randn(1, 2, 2, 3, dtype=torch.float64))]
+    assert torch.autograd.gradcheck(lambda *p: chunked_scan(*p[:4], 3, p[4]), inputs)
+
+
 def test_fp32_stays_close_and_strong_decay_has_finite_gradients():
     problem = scan_problem()
     y, _ = chunked_scan(*(t.float() for t in problem[:4]), 64, problem[4].float())
