@@ -123,7 +123,7 @@ def _head(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     tokens, rows = hidden.shape[0], weight.shape[0]
     if chunk is None:
-        chunk = _chunk_for(tokens, rows, hidden.device.type)
+        chunk = chunk_for(tokens, rows, hidden.device.type)
     if chunk:
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _ChunkedHead.apply(hidden, weight, targets, vocab_size, chunk, gradients, each)  # type: ignore[no-any-return, no-untyped-call]
@@ -136,7 +136,8 @@ def _head(
     return losses.sum(), count, losses
 
 
-def _chunk_for(tokens: int, rows: int, device: str) -> int:
+def chunk_for(tokens: int, rows: int, device: str) -> int:
+    """Tokens per chunk for logits of (tokens, rows) on a device type; 0: all at once."""
     limit = CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES)
     if torch.compiler.is_compiling():
         limit = max(limit, COMPILED_BYTES)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lmcore.model import routing
 from lmcore.model.config import ModelConfig
-from lmcore.model.loss import _chunk_for, head_cross_entropy
+from lmcore.model.loss import chunk_for, head_cross_entropy
 from lmcore.model.model import LanguageModel
 
 
@@ -44,22 +44,30 @@ def trace_pass(
     dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
     checkpoint_every: int = 0,
+    chunk: int | None = None,
 ) -> PassMemory:
     """Memory of the forward and backward pass of a micro-batch of (rows, length) tokens, computing in `dtype`.
 
     device_type: whose limits the loss goes by when it decides whether to work in chunks. checkpoint_every: as in
-    LanguageModel: recompute every n-th block in the backward pass.
+    LanguageModel: recompute every n-th block in the backward pass. chunk: tokens per chunk of the loss instead of what
+    the device's limit gives (0: all logits at once), so that a shorter pass can stand for a longer one.
     """
     length = config.context_length if length is None else length
     real, routing.grouped_linear = routing.grouped_linear, _grouped_linear
     try:
-        return _trace(config, rows, length, dtype, device_type, checkpoint_every)
+        return _trace(config, rows, length, dtype, device_type, checkpoint_every, chunk)
     finally:
         routing.grouped_linear = real
 
 
 def _trace(
-    config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device_type: str, checkpoint_every: int
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    device_type: str,
+    checkpoint_every: int,
+    chunk: int | None,
 ) -> PassMemory:
     with FakeTensorMode(), _Storages() as storages:
         model = LanguageModel(config).train()
@@ -67,8 +75,8 @@ def _trace(
         model.checkpoint_every = checkpoint_every
 
         def head_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            chunk = _chunk_for(targets.numel(), config.padded_vocab, device_type)
-            return head_cross_entropy(model.norm(hidden), model.head_weight, targets, config.vocab_size, chunk=chunk)
+            size = chunk_for(targets.numel(), config.padded_vocab, device_type) if chunk is None else chunk
+            return head_cross_entropy(model.norm(hidden), model.head_weight, targets, config.vocab_size, chunk=size)
 
         model._head_loss = head_loss  # type: ignore[method-assign]
         for parameter in model.parameters():

@@ -853,11 +853,13 @@ def _out_of_memory(config: RunConfig) -> Iterator[None]:
             if "out of memory" not in text and "can't allocate memory" not in text:
                 raise
         micro, planned = _planned_memory(config)
+        recomputes = config.train.activation_checkpointing == "full"
         raise LmError(
             f"out of memory at a micro-batch of {micro} x {config.model.context_length:,} tokens "
             f"({text.splitlines()[0] if text else type(error).__name__}).{planned}",
             hint="In this order: a smaller --set train.micro_batch=N (the result stays the same), "
-            "--set train.activation_checkpointing=full, a shorter model.context_length, a smaller model. "
+            f"{'' if recomputes else '--set train.activation_checkpointing=full, '}"
+            "a shorter model.context_length, a smaller model. "
             "See what fits with: lm train --dry-run",
         ) from error
 

@@ -9,7 +9,8 @@ the device's peak is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lmcore.config import build, merge
 from lmcore.data.manifest import MANIFEST
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
+from lmcore.model.loss import chunk_for
 from lmcore.model.memory import PassMemory, trace_pass
 from lmcore.model.model import LanguageModel
 from lmcore.model.parameters import ParameterInfo
@@ -27,6 +29,7 @@ from lmcore.model.plan import ModelPlan, known_device, known_device_names, measu
 from lmcore.optim.muon import BATCH_ELEMENTS
 from lmcore.optim.optimizer import Optimizer, build_optimizer
 from lmcore.optim.scale import Scaling, scale
+from lmcore.storage import format_bytes
 from lmcore.training import device as machine
 from lmcore.training.config import DataConfig, RunConfig, settled
 from lmcore.training.data import inspect
@@ -39,6 +42,8 @@ ALLOCATOR = {"cpu": 1.18, "cuda": 1.04}
 DEFAULT_MFU = {"cpu": 0.3, "cuda": 0.4}
 """Utilisation assumed when none is given."""
 ASSUMED_VOCABULARY = 50_257
+FIXED = ("program", "weights", "gradients", "optimizer", "checkpoint copy")
+"""Parts of the memory that do not depend on the rows of a pass."""
 _LONG = 8192
 """Longer sequences through a scan are examined at two shorter lengths: their memory is linear in the length."""
 
@@ -300,7 +305,7 @@ def plan_run(
         notes.append(f"the peak of {target.name} is not known: no time is given rather than a guess")
     memory = plan_memory(config, target, optimizer, devices=devices)
     if memory.largest_micro_batch is not None and memory.largest_micro_batch < memory.micro_batch:
-        notes.append(_advice(memory, target))
+        notes.append(_advice(config, memory, target))
     keep = config.train.checkpoint
     size = 4 * model.parameters + optimizer.state_bytes()
     kept = keep.keep + 1 + (config.total_steps // keep.keep_every if keep.keep_every else 0)
@@ -362,31 +367,74 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     if kind == "cpu" and train.checkpoint.background:
         fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
     per_lane = max(1, config.rows // lanes)
-    one, two = (_pass(config, target, rows) for rows in (1, 2))
     slack = ALLOCATOR.get(kind, 1.1)
     update = 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters)  # while Muon works, no activations are held
-    largest: int | None = None
-    if target.memory is not None:
-        growth = max(1.0, slack * (two.peak - one.peak))
-        room = 0.95 * target.memory - sum(fixed.values()) - slack * (2 * one.peak - two.peak)
-        largest = max(0, math.floor(room / growth))
     micro = train.micro_batch
     if micro == "auto":
         tokens = 8_192 if kind == "cpu" else 65_536
         fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
         micro = max(n for n in fits if n == 1 or n * config.model.context_length <= tokens)
     assert isinstance(micro, int)
-    kept = one.kept + (micro - 1) * (two.kept - one.kept)
-    peak = one.peak + (micro - 1) * (two.peak - one.peak)
+    passes: dict[int, PassMemory] = {}
+
+    def peak_of(rows: int) -> int:
+        if rows not in passes:
+            passes[rows] = _pass(config, target, rows)
+        return passes[rows].peak
+
+    peak, kept = peak_of(micro), passes[micro].kept
+    largest: int | None = None
+    if target.memory is not None:
+        room = (0.95 * target.memory - sum(fixed.values())) / slack
+        largest = _most_rows(peak_of, micro, _last_at_once(config, target), room)
     moving = {"activations": kept, "temporary": peak - kept, "allocator": round((slack - 1) * peak)}
     if slack * peak < update:
         moving = {"optimizer step": update}
     return MemoryPlan(fixed | moving, micro, largest)
 
 
+def _last_at_once(config: RunConfig, target: Target) -> int:
+    """Most rows of which the loss holds all logits at once; with one more it works in chunks."""
+    length, ids = config.model.context_length, config.model.padded_vocab
+    first = bisect_left(range(1 << 30), True, key=lambda rows: chunk_for(rows * length, ids, target.device_type) > 0)
+    return max(0, first - 1)
+
+
+def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float) -> int:
+    """Most rows whose peak fits `room` bytes; `last`: of `_last_at_once`.
+
+    On either side of `last` memory is linear in the rows, or bends upwards where another part becomes the peak. Across
+    it, it is not: more rows may need less.
+    """
+
+    def line(a: int, b: int) -> int:
+        growth = max(1.0, (peak_of(b) - peak_of(a)) / (b - a))
+        return max(0, math.floor(a + (room - peak_of(a)) / growth))
+
+    def few() -> int:
+        end = min(last, micro) if 1 < micro <= last else min(last, 2)
+        if end < 2:
+            return int(end == 1 and peak_of(1) <= room)
+        return min(last, line(1, end))
+
+    def many() -> int:
+        first = last + 1
+        found = line(first, micro if micro > first else 2 * first)
+        return found if found >= first else 0
+
+    if room <= 0:
+        return 0
+    if micro > last:
+        return many() or few()
+    found = few()
+    return max(found, many()) if found == last else found
+
+
 def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
     length, model = config.model.context_length, config.model
     every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+
+    chunk = chunk_for(rows * length, model.padded_vocab, target.device_type)
 
     def at(tokens: int) -> PassMemory:
         return trace_pass(
@@ -396,28 +444,48 @@ def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
             dtype=machine.DTYPES[target.dtype],
             device_type=target.device_type,
             checkpoint_every=every,
+            chunk=None if tokens == length else chunk,
         )
 
     if length <= _LONG or not set(model.pattern) & set("MR"):
         return at(length)
-    short, long = at(_LONG // 4), at(_LONG // 2)
-    steps = (length - _LONG // 2) / (_LONG // 4)
+    # With the loss of the true length; from two whole chunks on, more of them need no more.
+    unit = _LONG // 4 * math.ceil(max(1, 2 * chunk) / rows / (_LONG // 4))
+    if 2 * unit >= length:
+        return at(length)
+    short, long = at(unit), at(2 * unit)
+    steps = (length - 2 * unit) / unit
     return PassMemory(
         round(long.kept + steps * (long.kept - short.kept)), round(long.peak + steps * (long.peak - short.peak))
     )
 
 
-def _advice(memory: MemoryPlan, target: Target) -> str:
+def _advice(config: RunConfig, memory: MemoryPlan, target: Target) -> str:
+    """What makes a run fit, the cheapest first: nothing that is set already, nothing that would not help."""
     assert target.memory is not None
+    recompute = "--set train.activation_checkpointing=full"
+    recomputes = config.train.activation_checkpointing == "full"
     if memory.largest_micro_batch:
+        # A divisor of the rows asked for divides the rows of a lane, too.
+        asked = memory.micro_batch
+        rows = max(n for n in range(1, memory.largest_micro_batch + 1) if asked % n == 0)
         return (
-            f"{memory.micro_batch} rows per forward pass do not fit {target.name}: use --set train.micro_batch="
-            f"{memory.largest_micro_batch} or --set train.activation_checkpointing=full"
+            f"{asked} rows per forward pass do not fit {target.name}: use --set train.micro_batch={rows}"
+            f"{'' if recomputes else ' or ' + recompute}"
         )
-    return (
-        f"not even one row fits {target.name}: try --set train.activation_checkpointing=full, a shorter "
-        "model.context_length, --set optim.optimizer=adamw8bit, or a smaller model"
-    )
+    fixed = sum(memory.parts.get(name, 0) for name in FIXED)
+    fits = fixed < 0.95 * target.memory
+    ways = [recompute] if fits and not recomputes else []
+    ways += ["a shorter model.context_length"] if fits and config.model.context_length > 256 else []
+    ways += ["--set train.checkpoint.background=false"] if memory.parts.get("checkpoint copy") else []
+    ways += ["--set optim.optimizer=adamw8bit"] if config.optim.optimizer != "adamw8bit" else []
+    ways += ["more devices (they share the optimizer's state)"] if target.device_type == "cuda" else []
+    ways += ["a smaller model"]
+    said = f"not even one row fits {target.name}"
+    if not fits:
+        share = format_bytes(fixed), format_bytes(target.memory)
+        said += f", as what does not depend on the rows takes {share[0]} of {share[1]}"
+    return f"{said}: try {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}"
 
 
 def _orthogonalisation(rows: Any) -> float:

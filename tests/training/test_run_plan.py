@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lmcore.errors import LmError
+from lmcore.model.memory import trace_pass
 from lmcore.training.plan import (
     Target,
+    _most_rows,
     draft,
     find_target,
     list_parameters,
@@ -114,6 +116,64 @@ def test_a_run_that_does_not_fit_is_told_what_to_do():
     plan = plan_run(draft({"model": large, "train": TRAIN}), Target("small", "cuda", "bf16", 1e12, 4 << 30, ""))
     assert plan.memory.largest_micro_batch == 0
     assert any("not even one row fits" in note and "adamw8bit" in note for note in plan.notes)
+
+
+def test_the_plan_is_that_of_its_rows_on_both_sides_of_the_switch_of_the_loss_to_chunks():
+    """On a GPU 2 rows of 2,048 tokens and 50,304 ids hold all logits at once, 3 rows work in chunks and need less."""
+    model = MODEL | {"vocab_size": 50_257, "context_length": 2048, "num_layers": 2}
+    peaks = {}
+    for rows in (2, 3, 8):
+        config = draft({"model": model, "train": {"steps": 1, "batch_tokens": rows * 2048, "micro_batch": rows}}).config
+        parts = plan_memory(config, GPU, meta_optimizer(config)[0]).parts
+        true = trace_pass(config.model, rows=rows, dtype=torch.bfloat16, device_type="cuda")
+        assert parts["activations"] == true.kept
+        assert parts["activations"] + parts["temporary"] == true.peak
+        peaks[rows] = true.peak
+    assert peaks[3] < peaks[2]
+
+
+def test_the_most_rows_are_found_on_either_side_of_the_switch():
+    last = 4
+
+    def peak(rows):
+        return 10 + 20 * rows if rows <= last else 40 + 5 * rows
+
+    for room in (0, 29, 30, 50, 64, 65, 69, 71, 90, 91, 200, 1000):
+        fits = [rows for rows in range(1, 200) if peak(rows) <= room]
+        assert _most_rows(peak, 32, last, room) == max(fits, default=0)
+        # From few rows the other side is asked only when all of this side fits: what it finds fits, too.
+        few = _most_rows(peak, 2, last, room)
+        assert few == 0 if not fits else few in fits
+    assert _most_rows(peak, 2, last, 1000) == 192
+    assert _most_rows(lambda rows: 10 * rows, 1, 0, 55) == 5
+
+
+def test_a_long_scan_is_planned_with_the_loss_of_its_own_length():
+    """Two short passes stand for it: 2,048 and 4,096 tokens hold all logits at once, 20,480 do not."""
+    model = MODEL | {"vocab_size": 50_257, "context_length": 20_480, "num_layers": 1, "pattern": "M", "ffn": "-"}
+    model |= {"d_model": 64, "mamba": {"chunk_size": 512}}
+    config = draft({"model": model, "train": {"steps": 1, "batch_tokens": 20_480}}).config
+    parts = plan_memory(config, GPU, meta_optimizer(config)[0]).parts
+    true = trace_pass(config.model, rows=1, dtype=torch.bfloat16, device_type="cuda")
+    assert parts["activations"] + parts["temporary"] == pytest.approx(true.peak, rel=0.02)
+
+
+def test_what_is_set_already_is_not_advised():
+    def notes(memory, optimizer="muon", recompute="full", micro_batch=16, **model):
+        train = TRAIN | {"activation_checkpointing": recompute, "micro_batch": micro_batch}
+        raw = {"model": MODEL | model, "train": train, "optim": {"optimizer": optimizer}}
+        return " ".join(plan_run(draft(raw), Target("card", "cuda", "bf16", 1e12, memory, "")).notes)
+
+    some = notes(700 << 20)
+    assert "use --set train.micro_batch=" in some
+    assert 16 % int(some.split("train.micro_batch=")[1].split()[0]) == 0
+    assert "activation_checkpointing" not in some
+    assert "activation_checkpointing=full" in notes(700 << 20, recompute="none")
+    none = notes(500 << 20)
+    assert "what does not depend on the rows takes" in none
+    assert "adamw8bit" in none
+    assert "activation_checkpointing" not in none
+    assert "adamw8bit" not in notes(500 << 20, optimizer="adamw8bit")
 
 
 def test_time_follows_from_the_utilisation():
