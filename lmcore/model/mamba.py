@@ -35,7 +35,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
@@ -195,7 +194,14 @@ def chunked_scan(
     added = (x * (end - s).exp()[..., None]).mT @ b  # (B, chunks, G, heads per group, P, N)
     if state is None:
         state = x.new_zeros(batch, heads, channels, size)
-    before, h = _Carry.apply(end[..., None].exp(), added, state.unflatten(1, (groups, -1)))  # type: ignore[no-untyped-call]
+    decay, h = end[..., None].exp(), state.unflatten(1, (groups, -1))
+    if torch.compiler.is_compiling():  # the graph is planned as a whole and cannot trace the function
+        states = [h]
+        for i in range(x.shape[1]):
+            states.append(decay[:, i] * states[-1] + added[:, i])
+        before, h = torch.stack(states[:-1], 1), states[-1]
+    else:
+        before, h = _Carry.apply(decay, added, h)  # type: ignore[no-untyped-call]
     y = y + (c @ before.mT) * s.exp()[..., None]
     y = y.movedim(4, 2).flatten(3, 4).flatten(1, 2)
     return y[:, :steps], h.flatten(1, 2)
@@ -221,7 +227,6 @@ class _Carry(torch.autograd.Function):
         return before, h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, before = ctx.saved_tensors
         added = torch.empty_like(before)
