@@ -26,15 +26,15 @@ from lmcore.optim.muon import Muon
 from lmcore.optim.optimizer import build_optimizer
 
 
-def step_times(layers: int, width: int, repeats: int) -> None:
+def step_times(layers: int, width: int, repeats: int, device: str) -> None:
     shapes = [(3 * width, width), (width, width), (2 * 8 * width // 3, width), (width, 8 * width // 3)] * layers
     splits = [(width,) * 3, (), (8 * width // 3,) * 2, ()] * layers
 
     def parameters() -> list[torch.nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
-        made = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+        made = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
         for p in made:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
         return made
 
     def ours(**options: object) -> Callable[[], object]:
@@ -59,11 +59,14 @@ def step_times(layers: int, width: int, repeats: int) -> None:
         for name, step in contestants.items():
             start = time.perf_counter()
             step()
+            if device == "cuda":
+                torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - start)
     reference = statistics.median(times["torch.optim.Muon"])
     count = sum(a * b for a, b in shapes)
-    print(f"{count:,} parameters, {torch.get_num_threads()} threads, median of {repeats}; 1.00 = torch.optim.Muon")
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{count:,} parameters, {where}, median of {repeats}; 1.00 = torch.optim.Muon")
     for name, values in times.items():
         median = statistics.median(values)
         print(f"  {name:26} {median * 1e3:9.1f} ms   {median / reference:5.2f}")
@@ -134,8 +137,9 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    step_times(arguments.layers, arguments.width, arguments.repeats)
+    step_times(arguments.layers, arguments.width, arguments.repeats, arguments.device)
     if arguments.train:
         compare_training(arguments.steps)

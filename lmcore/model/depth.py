@@ -89,7 +89,9 @@ class DepthRouted(nn.Module):
     ) -> tuple[Tensor, None, Aux]:
         batch, steps, _ = x.shape
         n = max(1, math.ceil(self.capacity * steps))
-        index = logit.detach().topk(n, -1).indices.sort(-1).values
+        # Equal tokens have equal logits before any mixer. The earlier one wins, on every device; topk promises nothing.
+        order = logit.detach().sort(stable=True, dim=-1, descending=True).indices
+        index = order[:, :n].sort(-1).values
         inside = take(x, index)
         everywhere = torch.ones_like(index, dtype=torch.bool)
         y, _, aux = self.block(inside, positions.gather(everywhere, index), None)

@@ -16,7 +16,8 @@ torch's own `F.linear_cross_entropy` is not used: in 2.13 its scalar reductions 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,9 @@ IGNORE = -100
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Bytes of fp32 logits in one chunk, by device type. On a CPU a chunk that fits the cache is faster than all logits at
 once (4096 tokens, width 256, 8192 ids, 2 cores, torch 2.13: bf16 120 ms against 267, fp32 349 against 496)."""
-OTHER_CHUNK_BYTES = 512 << 20
+OTHER_CHUNK_BYTES = 1 << 30
+_TILE = 256
+"""Chunks on an accelerator are multiples of this many tokens, as its matrix products are cut into tiles."""
 COMPILED_BYTES = 1 << 30
 """A compiled graph fuses the softmax by itself and would unroll the chunks: it works in chunks beyond this size
 only."""
@@ -97,36 +100,51 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    chunk: int | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output head and cross-entropy: (sum over valid targets, their count).
 
     hidden: (..., D) in the compute dtype; weight: (V', D) with V' >= vocab_size; targets: (...) ids or IGNORE.
-    chunk: tokens per chunk; 0 = all logits at once; None = chosen by size.
+    chunk: tokens per chunk; 0 = all logits at once; None = chosen by size. fused: let torch.compile make one kernel of
+    the arithmetic between the products of a chunk (see `softmax_gradient`).
     """
-    total, count, _ = _head(hidden, weight, targets, vocab_size, chunk, False)
+    total, count, _ = _head(hidden, weight, targets, vocab_size, chunk, False, fused)
     return total, count
 
 
 def head_cross_entropy_each(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    chunk: int | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same and, third, the loss of each target (in its shape, detached, 0 where it is not counted)."""
-    total, count, each = _head(hidden, weight, targets, vocab_size, chunk, True)
+    total, count, each = _head(hidden, weight, targets, vocab_size, chunk, True, fused)
     assert each is not None
     return total, count, each.detach().reshape(targets.shape)
 
 
 def _head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None, each: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None, each: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     tokens, rows = hidden.shape[0], weight.shape[0]
     if chunk is None:
         chunk = chunk_for(tokens, rows, hidden.device.type)
+        if fused and not chunk and not torch.compiler.is_compiling():
+            chunk = tokens
     if chunk:
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        return _ChunkedHead.apply(hidden, weight, targets, vocab_size, chunk, gradients, each)  # type: ignore[no-any-return, no-untyped-call]
+        return _ChunkedHead.apply(hidden, weight, targets, vocab_size, chunk, gradients, each, fused)  # type: ignore[no-any-return, no-untyped-call]
     logits = F.linear(hidden, weight.to(hidden.dtype))[:, :vocab_size]
     logits = logits.to(wide(logits.dtype))
     count = (targets != IGNORE).sum()
@@ -141,7 +159,35 @@ def chunk_for(tokens: int, rows: int, device: str) -> int:
     limit = CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES)
     if torch.compiler.is_compiling():
         limit = max(limit, COMPILED_BYTES)
-    return 0 if tokens * rows * 4 <= 2 * limit else max(128, limit // (rows * 4))
+    if tokens * rows * 4 <= 2 * limit:
+        return 0
+    chunk = max(128, limit // (rows * 4))
+    return chunk // _TILE * _TILE if device != "cpu" and chunk > _TILE else chunk
+
+
+def softmax_gradient(z: Tensor, targets: Tensor, vocab_size: int, gradients: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) in fp32 or better of logits z (n, V') and, if asked, their gradient (n, V') in the dtype of z.
+
+    Written for torch.compile, which makes two kernels of it: one reads the logits for the sum, one reads them again and
+    writes the gradient. Operation by operation, as the CPU's version below does it, a GPU passes ten times over fp32.
+    """
+    acc = wide(z.dtype)
+    column = torch.arange(z.shape[1], device=z.device)
+    valid = targets != IGNORE
+    zw = z.to(acc).where(column < vocab_size, -torch.inf)
+    highest = zw.amax(-1, keepdim=True)
+    total = (zw - highest).exp().sum(-1, keepdim=True).log() + highest
+    chosen = z.gather(1, targets.where(valid, 0)[:, None]).to(acc)
+    losses = (total - chosen)[:, 0] * valid
+    if not gradients:
+        return losses, None
+    g = ((zw - total).exp() - (column == targets[:, None]).to(acc)) * valid[:, None]
+    return losses, g.to(z.dtype)
+
+
+@functools.cache
+def _compiled_softmax_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(softmax_gradient, dynamic=False)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -155,7 +201,10 @@ class _ChunkedHead(torch.autograd.Function):
         chunk: int,
         gradients: bool,
         each: bool,
+        fused: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if fused:
+            return _fused_forward(ctx, x, w, targets, vocab_size, chunk, gradients, each)
         acc = wide(x.dtype)
         wc = w.to(x.dtype)
         total = torch.zeros((), dtype=acc, device=x.device)
@@ -214,4 +263,34 @@ class _ChunkedHead(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _fused_forward(
+    ctx: Any, x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool, each: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_ChunkedHead.forward` with the arithmetic between the products in compiled kernels."""
+    # Inside a graph that is being compiled as a whole it is fused with the rest.
+    kernel = softmax_gradient if torch.compiler.is_compiling() else _compiled_softmax_gradient()
+    acc = wide(x.dtype)
+    wc = w.to(x.dtype)
+    total = torch.zeros((), dtype=acc, device=x.device)
+    gx: list[Tensor] = []
+    gw = torch.zeros(w.shape, dtype=acc, device=w.device) if gradients else None
+    single: list[Tensor] = []
+    for xc, tc in zip(x.split(chunk), targets.split(chunk), strict=True):
+        losses, g = kernel(torch.mm(xc, wc.mT), tc, vocab_size, gradients)
+        total = total + losses.sum()
+        single.append(losses)
+        if g is not None and gw is not None:
+            gx.append(torch.mm(g, wc))
+            gw += torch.mm(g.mT, xc)
+    ctx.save_for_backward(torch.cat(gx) if gradients else None, None if gw is None else gw.to(w.dtype))
+    count = (targets != IGNORE).sum()
+    if not each:
+        ctx.mark_non_differentiable(count)
+        return total, count, None
+    losses = torch.cat(single)
+    ctx.mark_non_differentiable(count, losses)
+    return total, count, losses

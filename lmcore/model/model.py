@@ -40,15 +40,17 @@ from lmcore.model.state import DecodeState
 
 
 class LanguageModel(nn.Module):
-    """A decoder built from a ModelConfig. Initialised from seed 0 unless it lies on the meta device."""
+    """A decoder built from a ModelConfig. Initialised from `seed` unless it lies on the meta device."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if config.vocab_size == 0:
             raise LmError("model.vocab_size is 0: give the number of ids of the tokenizer.")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_every = 0
+        self.fused_head = False
+        """Whether the loss uses compiled kernels, apart from the compilation of the blocks (see loss.py)."""
         self.keep_row_losses = False
         """Whether `loss` also reports the loss of each row (Losses.rows)."""
         tied = config.tie_embeddings
@@ -65,7 +67,7 @@ class LanguageModel(nn.Module):
         self.mtp = nn.ModuleList(head(config) for _ in range(config.mtp.depths))
         self.sum_over_ranks: Callable[[Tensor], None] | None = None
         if not self.embedding.weight.is_meta:
-            self.init_weights(0)
+            self.init_weights(seed)
 
     # ------------------------------------------------------------------ weights
 
@@ -237,7 +239,7 @@ class LanguageModel(nn.Module):
         rows = None
         if self.keep_row_losses:
             total, count, each = head_cross_entropy_each(
-                self.norm(hidden), self.head_weight, targets, self.config.vocab_size
+                self.norm(hidden), self.head_weight, targets, self.config.vocab_size, fused=self.fused_head
             )
             terms, rows = {"main": Term(total, count)}, each.sum(1).float()
         else:
@@ -309,7 +311,9 @@ class LanguageModel(nn.Module):
         return module(*inputs)
 
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return head_cross_entropy(self.norm(hidden), self.head_weight, targets, self.config.vocab_size)
+        return head_cross_entropy(
+            self.norm(hidden), self.head_weight, targets, self.config.vocab_size, fused=self.fused_head
+        )
 
     # ------------------------------------------------------------------ between steps
 

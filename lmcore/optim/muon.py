@@ -88,11 +88,12 @@ def muon_update(
     dtype: precision of the orthogonalisation, None = bfloat16 where the device has it.
     """
     factor = shape_factor(scale)
+    # One call for all: on a GPU a step of a small model is bound by the number of launches.
+    torch._foreach_lerp_(list(momenta), [g.to(m.dtype) for g, m in zip(gradients, momenta, strict=True)], 1 - momentum)
     blocks: dict[tuple[int, int], list[_Block]] = {}
     for index, (parameter, gradient, buffer, layout) in enumerate(
         zip(parameters, gradients, momenta, layouts, strict=True)
     ):
-        buffer.lerp_(gradient.to(buffer.dtype), 1 - momentum)
         views = [layout.matrices(tensor) for tensor in (parameter, gradient, buffer)]
         moments = layout.second_moments(parameter, second_moments[index]) if second_moments is not None else None
         for number, (p, g, m) in enumerate(zip(*views, strict=True)):
@@ -185,16 +186,18 @@ def _update_batch(
     short, long = batch[0].wide_shape
     counts = [len(block.parameter) for block in batch]
     u = torch.empty(sum(counts), short, long, dtype=first.dtype, device=first.device)
-    for block, place in zip(batch, u.split(counts), strict=True):
-        ahead = torch.lerp(block.gradient.to(first.dtype), block.momentum, momentum)  # Nesterov
-        place.copy_(ahead.mT if block.tall else ahead)
+    ahead = torch._foreach_lerp(  # Nesterov
+        [block.gradient.to(first.dtype) for block in batch], [block.momentum for block in batch], momentum
+    )
+    places = u.split(counts)
+    torch._foreach_copy_(list(places), [a.mT if block.tall else a for a, block in zip(ahead, batch, strict=True)])
+    del ahead
     x = orthogonalize(u, method=method, dtype=dtype or iteration_dtype(first.device, first.dtype))
     del u
     if batch[0].second_moment is not None:
         x = _even_out(x, [block.second_moment for block in batch if block.second_moment is not None], beta2)
-    for block, update in zip(batch, x.split(counts), strict=True):
-        update = (update.mT if block.tall else update).to(block.parameter.dtype)
-        _apply(block.parameter, update, lr=lr, weight_decay=weight_decay, cautious=cautious, factor=factor)
+    updates = [update.mT if block.tall else update for update, block in zip(x.split(counts), batch, strict=True)]
+    _apply([b.parameter for b in batch], updates, lr=lr, weight_decay=weight_decay, cautious=cautious, factor=factor)
 
 
 def _even_out(x: Tensor, moments: list[Tensor], beta2: float) -> Tensor:
@@ -211,8 +214,8 @@ def _even_out(x: Tensor, moments: list[Tensor], beta2: float) -> Tensor:
 
 
 def _apply(
-    parameter: Tensor,
-    update: Tensor,
+    parameters: list[Tensor],
+    updates: list[Tensor],
     *,
     lr: float,
     weight_decay: float,
@@ -220,12 +223,20 @@ def _apply(
     factor: Callable[[int, int], float],
 ) -> None:
     """p <- p - lr wd p - lr s X; cautious: the decay only where it has the sign of the update."""
+    updates = [update.to(parameter.dtype) for update, parameter in zip(updates, parameters, strict=True)]
     if weight_decay and cautious:
-        agree = (update * parameter >= 0).to(parameter.dtype)
-        parameter.mul_(agree.mul_(-lr * weight_decay).add_(1))
+        for parameter, update in zip(parameters, updates, strict=True):
+            agree = (update * parameter >= 0).to(parameter.dtype)
+            parameter.mul_(agree.mul_(-lr * weight_decay).add_(1))
     elif weight_decay:
-        parameter.mul_(1 - lr * weight_decay)
-    parameter.add_(update, alpha=-lr * factor(parameter.shape[1], parameter.shape[2]))
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+    by_size: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for parameter, update in zip(parameters, updates, strict=True):
+        ours, theirs = by_size.setdefault(factor(parameter.shape[1], parameter.shape[2]), ([], []))
+        ours.append(parameter)
+        theirs.append(update)
+    for size, (same, changes) in by_size.items():
+        torch._foreach_add_(same, changes, alpha=-lr * size)
 
 
 class Muon(torch.optim.Optimizer):

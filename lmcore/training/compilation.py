@@ -1,8 +1,10 @@
 """torch.compile for a step: when it pays, a warm-up that is timed apart, and a fallback that is said.
 
 The decision is a function of the configuration and the device, never of a measurement, because compiled and eager
-arithmetic differ in their last bits and a continued run must decide alike. Models of up to eight layers are compiled
-as one graph; deeper ones block by block, which compiles one block instead of all.
+arithmetic differ in their last bits and a continued run must decide alike. On a CPU models of up to eight layers are
+compiled as one graph. Deeper ones are compiled block by block, which compiles one block instead of all, and so is
+everything on a GPU: there the gradient of a compiled embedding is summed by atomic additions, whose order changes from
+run to run. The loss has compiled kernels of its own then (`LanguageModel.fused_head`).
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world
     began = time.monotonic()
     eager = stepper.forward
     problem = ""
+    gpu = world.device.type == "cuda"
+    model.fused_head = gpu
     try:
-        if model.config.num_layers <= WHOLE_GRAPH_LAYERS:
+        if model.config.num_layers <= WHOLE_GRAPH_LAYERS and not gpu:
             stepper.forward = torch.compile(eager, dynamic=False)
         else:
             for block in model.blocks:
@@ -57,6 +61,7 @@ def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world
     if world.maximum(int(bool(problem))):
         problem = problem or "another rank could not compile"
         stepper.forward = eager
+        model.fused_head = False
         for block in model.blocks:
             block._compiled_call_impl = None
         torch.compiler.reset()

@@ -258,8 +258,7 @@ class _Run:
 
     def _build(self) -> None:
         config, train = self.config, self.config.train
-        self.model = LanguageModel(config.model)
-        self.model.init_weights(train.seed)
+        self.model = LanguageModel(config.model, seed=train.seed)
         if self.sharded:
             parallel.shard_model(self.model, self.world)
         else:

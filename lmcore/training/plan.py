@@ -357,7 +357,8 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     exact = train.reduce == "exact" or (train.reduce == "auto" and kind == "cpu")
     wanted = None if train.lanes == "auto" else train.lanes
     lanes = max(devices, choose_lanes(config.rows, devices, wanted)) if exact else devices
-    copies = max(2, int(math.log2(max(1, lanes // devices))) + 1)
+    # A sum per level of the tree of lanes, and a flat copy of one to exchange.
+    copies = max(2 if devices > 1 or kind == "cpu" else 1, int(math.log2(max(1, lanes // devices))) + 1)
     fixed = {
         "program": PROGRAM_BYTES.get(kind, 400 << 20),
         "weights": 4 * parameters,

@@ -121,3 +121,12 @@ def test_skipped_tokens_never_enter_the_cache():
     for row in range(3):
         stored = cache.positions[row][cache.positions[row] >= 0].tolist()
         assert stored == chosen[row].nonzero()[:, 0].tolist()
+
+
+def test_of_equal_tokens_the_earlier_ones_are_chosen():
+    """Before any mixer every copy of a token has the same logit; which of them enters must not depend on the device."""
+    model = make(num_layers=1, mod={"capacity": 0.25}).train()
+    seen = []
+    model.blocks[0].block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].index))
+    model(torch.full((2, 40), 7))
+    assert torch.equal(seen[0], torch.arange(10).expand(2, -1))

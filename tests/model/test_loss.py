@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmcore.model import loss as loss_module
 from lmcore.model.loss import IGNORE, Losses, Term, cross_entropy, head_cross_entropy, head_cross_entropy_each
 
 
@@ -40,10 +41,13 @@ def test_cross_entropy_survives_enormous_logits_and_low_precision():
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 37, 64])
-def test_chunks_change_nothing(chunk):
+@pytest.mark.parametrize("fused", [False, True])
+def test_chunks_change_nothing(chunk, fused, monkeypatch):
+    """fused: the operations that a GPU's compiler gets, here without the compiler."""
+    monkeypatch.setattr(loss_module, "_compiled_softmax_gradient", lambda: loss_module.softmax_gradient)
     hidden, weight, targets, vocab = problem()
     whole, count = head_cross_entropy(hidden, weight, targets, vocab, chunk=0)
-    parts, parts_count = head_cross_entropy(hidden, weight, targets, vocab, chunk=chunk)
+    parts, parts_count = head_cross_entropy(hidden, weight, targets, vocab, chunk=chunk, fused=fused)
     assert count == parts_count == (targets != IGNORE).sum()
     assert abs(whole - parts) < 1e-11
     reference = F.cross_entropy((hidden @ weight.T)[:, :vocab], targets, reduction="sum")
@@ -59,12 +63,13 @@ def test_chunked_gradient_is_the_numerical_one():
     )
 
 
-@pytest.mark.parametrize("chunk", [0, 8])
-def test_padding_rows_have_no_probability_and_no_gradient(chunk):
+@pytest.mark.parametrize(("chunk", "fused"), [(0, False), (8, False), (8, True)])
+def test_padding_rows_have_no_probability_and_no_gradient(chunk, fused, monkeypatch):
+    monkeypatch.setattr(loss_module, "_compiled_softmax_gradient", lambda: loss_module.softmax_gradient)
     hidden, weight, targets, vocab = problem()
     with torch.no_grad():
         weight[vocab:] = 100.0  # would win every softmax
-    loss, count = head_cross_entropy(hidden, weight, targets, vocab, chunk=chunk)
+    loss, count = head_cross_entropy(hidden, weight, targets, vocab, chunk=chunk, fused=fused)
     assert abs(loss - F.cross_entropy(hidden @ weight[:vocab].T, targets, reduction="sum")) < 1e-10
     (loss / count).backward()
     assert weight.grad[vocab:].abs().max() == 0
