@@ -14,15 +14,20 @@ Documentation, kernel, mm, fs, net, lib and arch/x86 (834 MB of text, three quar
     linux-doc-6.1 linux-source-6.1 manpages manpages-{de,dev,fr,ru} maxima-doc nodejs-doc octave-doc openjdk-17-doc
     perl-doc postgresql-doc-15 python-django-doc python-scipy-doc python3.11-doc qtbase5-doc-html rust-doc sagemath-doc
 
-    bare       the parquet text already in memory -> ids in memory, gigatoken on all cores, nothing else: the ceiling
+    bare       the parquet text already in memory -> ids in memory, gigatoken and nothing else: the ceiling
+    bare_pool, bare_shared                                          two other ways of calling it
     ours       lm tokenize: read parquet, encode, index, hash, write, fsync, manifest; verified and audited
     plain      what most people write: tokenizers.encode_batch per 1,000 rows, np.save; on a part of the corpus
     datatrove  its DocumentTokenizer pipeline on the same parquet; dolma: `dolma tokens` on JSONL.gz
 
+gigatoken can be called in three ways: a loaded tokenizer for every thread (bare), one whose own threads share batches
+of --pool-mib (bare_pool), one that all threads call in turn (bare_shared: it has a lock). "of bare" is against the
+fastest of them.
+
 Every case runs in a process of its own with a cold encoder; cases are interleaved over the repeats and medians are
 reported. Throughput counts UTF-8 bytes of text. A process measures itself from after its imports to its last fsync; for
 the peers the whole command counts. The slow cases take a share of the corpus (--share), for they scale linearly. On a
-machine with other work, "of bare (CPU)" is the column to read: text per second of processor time, all threads (not for
+machine with other work, "(CPU)" is the column to read: text per second of processor time, all threads (not for
 datatrove, whose workers do not report theirs).
 """
 
@@ -50,7 +55,8 @@ CODE = (".py", ".c", ".h", ".lisp", ".el")
 CODE_SHARE = 0.25
 PAGE_CHARS = 4000
 
-CASES = ("bare", "ours", "plain", "datatrove", "dolma")
+BARE = ("bare", "bare_pool", "bare_shared")
+CASES = (*BARE, "ours", "plain", "datatrove", "dolma")
 
 
 def main() -> None:
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--pool-mib", type=int, default=16, help="batches of the case bare_pool")
     parser.add_argument("--share", type=float, default=0.1, help="part of the corpus for the slow cases")
     parser.add_argument("--datatrove", help="python of an environment with datatrove")
     parser.add_argument("--dolma", help="the dolma command")
@@ -86,11 +93,11 @@ def compare(options: argparse.Namespace) -> None:
         results: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
         for _ in range(options.repeats):
             for case in cases:
-                corpus = options.corpus if case in ("bare", "ours") else small
+                corpus = options.corpus if case in (*BARE, "ours") else small
                 out = scratch / case
                 command = [
                     *[sys.executable, __file__, "--case", case, "--corpus", corpus, "--tokenizer", options.tokenizer],
-                    *["--workers", options.workers, "--out", out],
+                    *["--workers", options.workers, "--pool-mib", options.pool_mib, "--out", out],
                     *(["--datatrove", options.datatrove] if options.datatrove else []),
                     *(["--dolma", options.dolma] if options.dolma else []),
                 ]
@@ -108,13 +115,16 @@ def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespa
     speed = {case: statistics.median(r["bytes"] / r["seconds"] / 1e6 for r in runs) for case, runs in results.items()}
     print(f"{options.workers} workers, {options.repeats} repeats, medians; MB = 10^6 bytes of UTF-8 text")
     cpu = {case: statistics.median(r["bytes"] / r["cpu_seconds"] / 1e6 for r in runs) for case, runs in results.items()}
-    print(f"{'case':10} {'MB':>7} {'MB/s':>8} {'Mtok/s':>8} {'of bare':>8} {'of bare (CPU)':>14} {'peak MiB':>9}")
+    ceiling, frugal = (max(rate[case] for case in BARE) for rate in (speed, cpu))
+    print(f"{'case':11} {'MB':>7} {'MB/s':>8} {'Mtok/s':>8} {'of bare':>8} {'(CPU)':>8} {'cores':>6} {'peak MiB':>9}")
     for case, runs in results.items():
         size = runs[0]["bytes"] / 1e6
         tokens = statistics.median(r["tokens"] / r["seconds"] / 1e6 for r in runs)
         peak = statistics.median(r["peak_mib"] for r in runs)
-        wall, processor = speed[case] / speed["bare"], cpu[case] / cpu["bare"]
-        print(f"{case:10} {size:7.1f} {speed[case]:8.1f} {tokens:8.2f} {wall:8.1%} {processor:14.1%} {peak:9.0f}")
+        cores = statistics.median(r["cpu_seconds"] / r["seconds"] for r in runs)
+        wall, processor = speed[case] / ceiling, cpu[case] / frugal
+        row = f"{case:11} {size:7.1f} {speed[case]:8.1f} {tokens:8.2f} {wall:8.1%} {processor:8.1%}"
+        print(f"{row} {cores:6.2f} {peak:9.0f}")
 
 
 # ---------------------------------------------------------------------------------------- corpus
@@ -233,9 +243,51 @@ class Meter:
 
 
 def run_bare(options: argparse.Namespace) -> dict[str, float]:
-    """All cores on batches of 4 MB that lie in memory; the ids are thrown away."""
+    """Every thread with a tokenizer of its own, on the batches as they are read; the ids are thrown away."""
+    return run_encoder(options, copies=options.workers)
+
+
+def run_bare_shared(options: argparse.Namespace) -> dict[str, float]:
+    return run_encoder(options, copies=1)
+
+
+def run_encoder(options: argparse.Namespace, *, copies: int) -> dict[str, float]:
     from concurrent.futures import ThreadPoolExecutor
 
+    encode, held = open_bare(options, copies)
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(lambda _: encode(held[0].data, held[0].offsets[:2]), range(64)))  # loads the copies
+        meter = Meter()
+        tokens = sum(pool.map(lambda batch: len(encode(batch.data, batch.offsets)[0]), held))
+        return meter.stop(sum(batch.n_bytes for batch in held), tokens)
+
+
+def run_bare_pool(options: argparse.Namespace) -> dict[str, float]:
+    """One tokenizer, which spreads every batch over threads of its own."""
+    import awkward
+    import numpy as np
+    from awkward.contents import ListOffsetArray, NumpyArray
+    from awkward.index import Index64
+
+    encode, held = open_bare(options, 1)
+    backend = encode._idle.get()
+    limit, size = options.pool_mib << 20, sum(batch.n_bytes for batch in held)
+    texts, group = [], []
+    for number, batch in enumerate(held):
+        group.append(batch)
+        if sum(b.n_bytes for b in group) >= limit or number == len(held) - 1:
+            lengths = np.concatenate([np.diff(b.offsets) for b in group])
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            data = NumpyArray(np.concatenate([b.data for b in group]), parameters={"__array__": "char"})
+            texts.append(awkward.Array(ListOffsetArray(Index64(offsets), data, parameters={"__array__": "string"})))
+            group = []
+    meter = Meter()
+    tokens = sum(len(backend.encode_batch(batch, parallel=True).layout.content) for batch in texts)
+    return meter.stop(size, tokens)
+
+
+def open_bare(options: argparse.Namespace, copies: int) -> tuple:  # type: ignore[type-arg]
+    """(encoder, the corpus in memory)"""
     from lmcore.data.heap import keep_freed_memory
 
     keep_freed_memory()  # as ours has it
@@ -244,12 +296,8 @@ def run_bare(options: argparse.Namespace) -> dict[str, float]:
     from lmcore.data.sources import resolve
     from lmcore.data.tokenizer import Tokenizer
 
-    encode = GigatokenEncoder(Tokenizer.from_file(options.tokenizer))
-    held = list(read(resolve(None, [str(options.corpus)]).units, "text"))
-    meter = Meter()
-    with ThreadPoolExecutor(options.workers) as pool:
-        tokens = sum(pool.map(lambda batch: len(encode(batch.data, batch.offsets)[0]), held))
-    return meter.stop(sum(batch.n_bytes for batch in held), tokens)
+    encode = GigatokenEncoder(Tokenizer.from_file(options.tokenizer), copies=copies)
+    return encode, list(read(resolve(None, [str(options.corpus)]).units, "text"))
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, float]:

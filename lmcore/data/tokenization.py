@@ -440,7 +440,7 @@ def encode_all(
 ) -> tuple[EncodingStage, Generator[Encoded]]:
     """(stage, encoded batches in order): the encoder is verified on the first documents before anything comes out."""
     first = next(batches, None)
-    stage = open_encoder(tokenizer, backend, first)
+    stage = open_encoder(tokenizer, backend, first, threads=workers)
     if stage.record.fallback and backend == "auto":
         progress.warn(f"tokenizers does the work, many times slower than gigatoken: {stage.record.fallback}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,28 @@ def test_stage_appends_eos_and_hashes_the_text() -> None:
     assert encoded.sizes.tolist() == [3, 9, 3]
 
 
+def test_threads_encode_side_by_side_and_get_the_same_ids() -> None:
+    encoder = GigatokenEncoder(SMALL, copies=2)
+    batches = [corpora.texts(5, seed=seed) for seed in range(40)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda batch: ids_of(encoder, batch), batches))
+    assert found == [ids_of(FAST, batch) for batch in batches]
+    first, second = encoder._take(), encoder._take()
+    assert first is not second
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(encoder._take)  # both copies are in use: no third one
+        assert not wait([waiting], timeout=0.05).done
+        encoder._idle.put(first)
+        assert waiting.result(timeout=10) is first
+
+
 def test_append_eos_and_hashes_on_nothing() -> None:
-    assert append_eos(np.zeros(0, np.uint32), np.zeros(1, np.int64), 7, np.dtype("<u2")).tolist() == []
+    for dtype in (np.dtype("<u2"), np.dtype("<u4")):
+        assert append_eos(np.zeros(0, np.uint32), np.zeros(1, np.int64), 7, dtype).tolist() == []
+        assert append_eos(np.zeros(0, np.uint32), np.zeros(3, np.int64), 7, dtype).tolist() == [7, 7]
+        ids = np.array([70_000, 2, 3], np.uint32) if dtype.itemsize == 4 else np.array([65_535, 2, 3], np.uint32)
+        eos = append_eos(ids, np.array([0, 1, 1, 3]), 7, dtype)
+        assert eos.tolist() == [int(ids[0]), 7, 7, 2, 3, 7]
     assert content_hashes(np.zeros(0, np.uint8), np.zeros(1, np.int64)).tolist() == []
 
 
@@ -108,7 +129,7 @@ class Liar:
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: Tokenizer, word: bytes = b"river") -> None:
+    def __init__(self, tokenizer: Tokenizer, word: bytes = b"river", copies: int = 1) -> None:
         self._right, self._word = ReferenceEncoder(tokenizer), word
 
     def __call__(self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> tuple[Any, Any]:
