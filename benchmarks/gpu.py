@@ -6,7 +6,8 @@ Every case is a process of its own: it builds the model, compiles, warms up, and
 (Stepper: accumulation, norms, clipping, Muon, the loss on the host) on random tokens. Reported are the medians of the
 steps after the first two. Utilisation counts the exact operations of forward and backward (`lm plan`), not those of
 the optimizer, against the dense bf16 peak of the data sheet. The plain script is the usual one: bf16 autocast, fused
-attention, torch.compile of the whole model, fused AdamW. The matrix product is the limit that the chip reaches alone.
+attention, torch.compile of the whole model, fused AdamW, any order of sums; ours is deterministic. The matrix product
+is the limit that the chip reaches alone.
 """
 
 from __future__ import annotations
@@ -21,28 +22,29 @@ from collections.abc import Callable
 from typing import Any
 
 VOCABULARY = 50_257
+WIDE = {"model": {"d_model": 1024, "num_layers": 24, "num_heads": 16}}
+SHORT = {"train": {"batch_tokens": 131_072, "activation_checkpointing": "none"}}
 CASES: dict[str, dict[str, Any]] = {
     "124M": {"preset": "gpt2-124m", "micro": 64},
     "124M, plain script": {"preset": "gpt2-124m", "micro": 32, "plain": True},
     "124M, AdamW": {"preset": "gpt2-124m", "micro": 64, "change": {"optim": {"optimizer": "adamw"}}},
-    "124M, deterministic": {"preset": "gpt2-124m", "micro": 64, "deterministic": True},
+    "124M, any order of sums": {"preset": "gpt2-124m", "micro": 64, "free": True},
     "124M, eager": {"preset": "gpt2-124m", "micro": 64, "eager": True},
-    "350M": {
-        "preset": "gpt2-124m",
-        "micro": 32,
-        "change": {"model": {"d_model": 1024, "num_layers": 24, "num_heads": 16}},
-    },
-    "1B": {
+    "350M": {"preset": "gpt2-124m", "micro": 64, "change": {**WIDE, **SHORT}},
+    "350M, plain script": {"preset": "gpt2-124m", "micro": 32, "plain": True, "change": {**WIDE, **SHORT}},
+    "1B": {"preset": "xl", "micro": 16, "change": SHORT},
+    "1B, recomputing every second": {
         "preset": "xl",
-        "micro": 8,
-        "change": {"train": {"batch_tokens": 262_144, "activation_checkpointing": "none"}},
+        "micro": 16,
+        "change": {"train": {"batch_tokens": 131_072, "activation_checkpointing": "selective"}},
     },
-    "1B, selective": {"preset": "xl", "micro": 8, "change": {"train": {"batch_tokens": 262_144}}},
+    "8 experts in every second layer": {"preset": "fineweb-moe", "micro": 16, "change": SHORT},
+    "Mamba and attention": {"preset": "hybrid-830m", "micro": 8, "change": SHORT},
 }
 COMMON = {"model": {"vocab_size": VOCABULARY}, "train": {"steps": 1000, "tokens": None, "dtype": "bf16"}}
 
 
-def measure(case: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
+def measure(case: dict[str, Any], steps: int, parts: bool, planned: bool) -> dict[str, Any]:
     """One case, in this process."""
     import torch
 
@@ -60,7 +62,7 @@ def measure(case: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
     plan = plan_model(config.model)
     peak = known_device(name)
     times, split = [], []
-    with numerics(deterministic=bool(case.get("deterministic")), tf32=False, threads=None):
+    with numerics(deterministic=not (case.get("free") or case.get("plain")), tf32=False, threads=None):
         began = time.perf_counter()
         step = plain(config, case["micro"]) if case.get("plain") else ours(config, case)
         step()
@@ -73,11 +75,14 @@ def measure(case: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
             split.append(step())
             torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
+        same = None if case.get("plain") else step.repeats()  # type: ignore[attr-defined]
         if parts:
             _profile(step)
     seconds = statistics.median(times)
     tokens = config.batch_tokens / seconds
-    memory = plan_memory(config, find_target("cuda", "bf16"), meta_optimizer(config)[0]).parts
+    memory: dict[str, int] = {}
+    if planned:
+        memory = plan_memory(config, find_target("cuda", "bf16"), meta_optimizer(config)[0]).parts
     return {
         "device": name,
         "ms": seconds * 1e3,
@@ -88,6 +93,7 @@ def measure(case: dict[str, Any], steps: int, parts: bool) -> dict[str, Any]:
         "planned_gb": sum(size for part, size in memory.items() if part not in ("program", "allocator")) / 1e9,
         "optimizer_ms": 1e3 * statistics.median(s for s in split) if split[0] else None,
         "first_s": first,
+        "same": same,
         "matmul_tflops": measure_peak(device, torch.bfloat16) / 1e12,
     }
 
@@ -111,6 +117,8 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0.0, 0.02) if p.ndim > 1 else p.fill_(1.0)
+        for b in model.buffers():
+            b.zero_()
     model.compute_dtype = torch.bfloat16
     model.train()
     model.checkpoint_every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
@@ -135,6 +143,14 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    def repeats() -> bool:
+        """Whether the gradients of a step have the same bits when they are computed again."""
+        stepper.gradients(batch)
+        once = [g.clone() for g in stepper.held_gradients() if g is not None]
+        stepper.gradients(batch)
+        return all(torch.equal(a, b) for a, b in zip(once, stepper.held_gradients(), strict=True) if b is not None)
+
+    step.repeats = repeats  # type: ignore[attr-defined]
     return step
 
 
@@ -185,30 +201,33 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name begins with one of these, separated by ;")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--parts", action="store_true", help="profile one more step of each case")
+    parser.add_argument("--no-plan", action="store_true", help="leave out the planned memory, which takes seconds")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
-        print(json.dumps(measure(CASES[a.one], a.steps, a.parts)))
+        print(json.dumps(measure(CASES[a.one], a.steps, a.parts, not a.no_plan)))
         return
     wanted = [word for word in a.only.split(";") if word]
     print(
-        f"{'':22} {'ms/step':>8} {'tokens/s':>10} {'MFU':>6} {'optimizer':>9} {'GB':>6} {'planned':>8} {'first':>7}",
+        f"{'':31} {'ms/step':>8} {'tokens/s':>10} {'MFU':>6} {'optimizer':>9} {'GB':>6} {'planned':>8} {'first':>7}",
         flush=True,
     )
     for case in CASES:
         if wanted and case not in wanted:
             continue
         command = [sys.executable, __file__, "--one", case, "--steps", str(a.steps), *(["--parts"] if a.parts else [])]
+        command += ["--no-plan"] if a.no_plan else []
         process = subprocess.run(command, capture_output=True, text=True)
         if a.parts or process.returncode:
             print(process.stderr[-9000:])
         if process.returncode:
-            print(f"{case:22} failed", flush=True)
+            print(f"{case:31} failed", flush=True)
             continue
         f = json.loads(process.stdout.splitlines()[-1])
         print(
-            f"{case:22} {f['ms']:8.1f} {f['tokens_per_s']:10,.0f} {100 * (f['mfu'] or 0):5.1f}% "
+            f"{case:31} {f['ms']:8.1f} {f['tokens_per_s']:10,.0f} {100 * (f['mfu'] or 0):5.1f}% "
             f"{f['optimizer_ms'] or 0:6.1f} ms {f['peak_gb']:6.1f} {f['planned_gb']:8.1f} {f['first_s']:5.0f} s   "
+            f"{ {True: 'same bits', False: 'other bits', None: ''}[f['same']]:10} "
             f"{f['device']}, {f['parameters'] / 1e6:.0f}M, a product reaches {f['matmul_tflops']:.0f} TFLOP/s",
             flush=True,
         )

@@ -83,9 +83,15 @@ class RMSNorm(Owner):
         return f"{self.size}, eps {self.eps:g}"
 
 
+BY_HAND = {"cpu"}
+"""Device types on which derivatives that are written out pay."""
+
+
 def by_hand(x: Tensor) -> bool:
     """Whether a derivative that is written out pays: in training on a CPU, unless a compiler fuses the operations."""
-    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (
+        x.device.type in BY_HAND and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -87,7 +87,7 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
             deterministic = True
         stack.enter_context(
             machine.numerics(
-                deterministic=world.device.type == "cpu" if deterministic == "auto" else deterministic,
+                deterministic=world.device.type in ("cpu", "cuda") if deterministic == "auto" else deterministic,
                 tf32=config.train.tf32,
                 threads=config.train.threads,
             )
@@ -134,8 +134,7 @@ def resolve(
     per_lane = rows // lanes
     micro = train.micro_batch
     if micro == "auto":
-        room = max(1, (8_192 if device.type == "cpu" else 65_536) // config.model.context_length)
-        micro = max(n for n in range(1, per_lane + 1) if per_lane % n == 0 and n <= max(room, 1))
+        micro = _rows_of_a_pass(config, device, per_lane, lanes, world_size)
     elif "train.micro_batch" in recorded:
         micro = math.gcd(micro, per_lane)
     elif per_lane % micro:
@@ -159,6 +158,24 @@ def resolve(
             )
         }
     )
+
+
+def _rows_of_a_pass(config: RunConfig, device: torch.device, per_lane: int, lanes: int, world_size: int) -> int:
+    """A divisor of the rows of a lane: some thousand tokens, on a GPU fewer where the planner says that they do not
+    fit."""
+    from lmcore.training.plan import find_target, largest_divisor, meta_optimizer, plan_memory
+
+    model = config.model
+    micro = largest_divisor(per_lane, (8_192 if device.type == "cpu" else 65_536) // model.context_length)
+    if device.type != "cuda" or micro == 1:
+        return micro
+    activations = 100 * micro * model.context_length * model.d_model * model.num_layers  # three times the usual
+    if 16 * plan_model(model).parameters + activations < 0.5 * torch.cuda.get_device_properties(device).total_memory:
+        return micro
+    # Decided with the numbers of lanes and ranks; whatever else is "auto" keeps its meaning.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"lanes": lanes})})
+    target = find_target(str(device), config.train.dtype)
+    return plan_memory(config, target, meta_optimizer(config)[0], devices=world_size).micro_batch
 
 
 # ---------------------------------------------------------------------------------------- one run

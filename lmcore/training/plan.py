@@ -372,9 +372,7 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     update = 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters)  # while Muon works, no activations are held
     micro = train.micro_batch
     if micro == "auto":
-        tokens = 8_192 if kind == "cpu" else 65_536
-        fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
-        micro = max(n for n in fits if n == 1 or n * config.model.context_length <= tokens)
+        micro = largest_divisor(per_lane, (8_192 if kind == "cpu" else 65_536) // config.model.context_length)
     assert isinstance(micro, int)
     passes: dict[int, PassMemory] = {}
 
@@ -388,10 +386,18 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     if target.memory is not None:
         room = (0.95 * target.memory - sum(fixed.values())) / slack
         largest = _most_rows(peak_of, micro, _last_at_once(config, target), room)
+        if train.micro_batch == "auto" and kind == "cuda" and largest < micro:
+            micro = largest_divisor(per_lane, max(1, largest))
+            peak, kept = peak_of(micro), passes[micro].kept
     moving = {"activations": kept, "temporary": peak - kept, "allocator": round((slack - 1) * peak)}
     if slack * peak < update:
         moving = {"optimizer step": update}
     return MemoryPlan(fixed | moving, micro, largest)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(1, limit))
 
 
 def _last_at_once(config: RunConfig, target: Target) -> int:
@@ -435,6 +441,7 @@ def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
     length, model = config.model.context_length, config.model
     every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
 
+    compiled = target.device_type == "cuda" and config.train.compile is not False
     chunk = chunk_for(rows * length, model.padded_vocab, target.device_type)
 
     def at(tokens: int) -> PassMemory:
@@ -446,6 +453,7 @@ def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
             device_type=target.device_type,
             checkpoint_every=every,
             chunk=None if tokens == length else chunk,
+            compiled=compiled,
         )
 
     if length <= _LONG or not set(model.pattern) & set("MR"):

@@ -112,6 +112,38 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     assert total(largest) <= 2 << 30 < total(largest * 2)
 
 
+def test_rows_chosen_by_themselves_fit_and_divide_the_step():
+    raw = {"model": MODEL, "train": {"steps": 10, "batch_tokens": 256 * 96}}
+    sizes = []
+    for memory in (900 << 20, 1200 << 20, 8 << 30):
+        plan = plan_run(draft(raw), Target("card", "cuda", "bf16", 1e12, memory, "")).memory
+        assert plan.total <= memory
+        assert 96 % plan.micro_batch == 0
+        sizes.append(plan.micro_batch)
+    assert sizes[0] < sizes[1] < sizes[2] == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "eager", "compiled"),
+    [
+        ({}, 6_990_322_688, 4_979_334_144),
+        ({"vocab_size": 50_257}, 7_952_396_288, 6_476_434_432),
+        pytest.param({"pattern": "M"}, 17_563_214_848, 13_870_185_472, marks=pytest.mark.slow),
+    ],
+    ids=["dense", "wide vocabulary", "Mamba"],
+)
+def test_the_plan_for_a_gpu_is_what_was_measured_on_one(changes, eager, compiled):
+    """Measured by tests/training/test_cuda.py on an H200 with torch 2.11: bytes of all tensors at the peak of a step.
+    Mamba's compiled scan needs 6 % more than planned."""
+    fields = {"vocab_size": 8192, "d_model": 512, "num_layers": 12, "num_heads": 8, "context_length": 1024} | changes
+    for compile_it, measured in ((False, eager), (True, compiled)):
+        train = {"steps": 10, "batch_tokens": 32 * 1024, "micro_batch": 16, "compile": compile_it, "dtype": "bf16"}
+        config = draft({"model": fields, "train": train}).config
+        parts = plan_memory(config, GPU, meta_optimizer(config)[0]).parts
+        planned = sum(size for part, size in parts.items() if part not in ("program", "allocator"))
+        assert planned == pytest.approx(measured, rel=0.07 if "pattern" in changes else 0.02)
+
+
 def test_a_run_that_does_not_fit_is_told_what_to_do():
     large = MODEL | {"d_model": 2048, "num_heads": 16, "num_layers": 24}
     plan = plan_run(draft({"model": large, "train": TRAIN}), Target("small", "cuda", "bf16", 1e12, 4 << 30, ""))
@@ -126,7 +158,7 @@ def test_the_plan_is_that_of_its_rows_on_both_sides_of_the_switch_of_the_loss_to
     for rows in (5, 6, 16):
         config = draft({"model": model, "train": {"steps": 1, "batch_tokens": rows * 2048, "micro_batch": rows}}).config
         parts = plan_memory(config, GPU, meta_optimizer(config)[0]).parts
-        true = trace_pass(config.model, rows=rows, dtype=torch.bfloat16, device_type="cuda")
+        true = trace_pass(config.model, rows=rows, dtype=torch.bfloat16, device_type="cuda", compiled=True)
         assert parts["activations"] == true.kept
         assert parts["activations"] + parts["temporary"] == true.peak
         peaks[rows] = true.peak
@@ -155,7 +187,7 @@ def test_a_long_scan_is_planned_with_the_loss_of_its_own_length():
     model |= {"d_model": 64, "mamba": {"chunk_size": 512}}
     config = draft({"model": model, "train": {"steps": 1, "batch_tokens": 20_480}}).config
     parts = plan_memory(config, GPU, meta_optimizer(config)[0]).parts
-    true = trace_pass(config.model, rows=1, dtype=torch.bfloat16, device_type="cuda")
+    true = trace_pass(config.model, rows=1, dtype=torch.bfloat16, device_type="cuda", compiled=True)
     assert parts["activations"] + parts["temporary"] == pytest.approx(true.peak, rel=0.02)
 
 
@@ -165,11 +197,11 @@ def test_what_is_set_already_is_not_advised():
         raw = {"model": MODEL | model, "train": train, "optim": {"optimizer": optimizer}}
         return " ".join(plan_run(draft(raw), Target("card", "cuda", "bf16", 1e12, memory, "")).notes)
 
-    some = notes(700 << 20)
+    some = notes(660 << 20)
     assert "use --set train.micro_batch=" in some
     assert 16 % int(some.split("train.micro_batch=")[1].split()[0]) == 0
     assert "activation_checkpointing" not in some
-    assert "activation_checkpointing=full" in notes(700 << 20, recompute="none")
+    assert "activation_checkpointing=full" in notes(660 << 20, recompute="none")
     none = notes(500 << 20)
     assert "what does not depend on the rows takes" in none
     assert "adamw8bit" in none
