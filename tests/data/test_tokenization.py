@@ -20,7 +20,7 @@ import pytest
 
 from lmcore import storage
 from lmcore.data import readers, tokenization
-from lmcore.data.manifest import MANIFEST, read_manifest
+from lmcore.data.manifest import JOURNAL, MANIFEST, read_manifest
 from lmcore.data.merge import merge
 from lmcore.data.plan import TokenizeConfig, order_units, part_range, read_plan
 from lmcore.data.readers import Place
@@ -176,6 +176,31 @@ def test_torn_journal_and_orphans_are_swept(corpus: Path, small: Path, tmp_path:
     report = tokenize(config(corpus, small), out)
     assert report.resumed_shards == 4
     assert corpora.tree(out) == expected
+
+
+def test_a_continued_run_makes_the_journal_durable_before_the_manifest(
+    corpus: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last journal line and its sync, a run leaves a journal that is only visible, in a directory
+    whose entries are only visible: the run that continues has nothing to append, and must sync both all the same."""
+    out = tmp_path / "set"
+    tokenize(config(corpus, small), out)
+    expected = corpora.tree(out)
+    (out / MANIFEST).unlink()
+    journal, folder = (out / JOURNAL).stat().st_ino, out.stat().st_ino
+    synced: list[int] = []
+    sync = storage._fsync
+
+    def record(descriptor: int) -> None:
+        if not (out / MANIFEST).exists():
+            synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(storage, "_fsync", record)
+    tokenize(config(corpus, small), out)
+    assert corpora.tree(out) == expected
+    assert journal in synced
+    assert folder in synced[synced.index(journal) :]
 
 
 def test_committed_shard_that_vanished_is_said(corpus: Path, small: Path, tmp_path: Path) -> None:
