@@ -19,12 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from standin import Handler, StandIn
 
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+|[^/]+)/resolve/([^/]+|refs/[^/]+/[^/]+)/(.+)")
 CONVERTED = "refs/convert/parquet"
@@ -65,75 +64,15 @@ class Repository:
         return [self.entry(name) for name in sorted(found)]
 
 
-class HubStandIn:
-    """The server. `requests` lists (method, path, range) of everything that was asked."""
-
-    def __init__(
-        self, root: Path, *, fail_every: int = 0, cut_after: int = 0, max_faults: int = 1 << 30, page: int = 1000
-    ) -> None:
-        self.root, self.fail_every, self.cut_after, self.page = root, fail_every, cut_after, page
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.faults = 0
-        self._max_faults, self._downloads = max_faults, 0
-        self._lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> HubStandIn:
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def repository(self, kind: str, name: str, revision: str = "main") -> Repository | None:
-        """The repository, or its conversion when the revision is that of the conversion."""
-        if (self.root / kind / f"{name}@converted").is_dir():
-            converted = Repository(self.root / kind / f"{name}@converted")
-            if revision in (CONVERTED, converted.commit):
-                return converted
-        folder = self.root / kind / name
-        return Repository(folder) if folder.is_dir() else None
-
-    def note(self, method: str, path: str, wanted: str | None) -> None:
-        with self._lock:
-            self.requests.append((method, path, wanted))
-
-    def fails(self) -> bool:
-        """Whether this download is the one to be refused."""
-        with self._lock:
-            self._downloads += 1
-            due = bool(self.fail_every) and self._downloads % self.fail_every == 0
-            return self._fault(due)
-
-    def cuts(self, size: int) -> bool:
-        with self._lock:
-            return self._fault(0 < self.cut_after < size)
-
-    def _fault(self, due: bool) -> bool:
-        if due and self.faults < self._max_faults:
-            self.faults += 1
-            return True
-        return False
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: HubStandIn
-
-    def log_message(self, format: str, *arguments: Any) -> None: ...
+class _Handler(Handler):
+    standin: HubStandIn
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length).decode()
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
-        self.hub.note(self.command, self.path, self.headers.get("Range"))
+        self.standin.note(self.command, self.path, self.headers.get("Range"))
         if match := FILE.fullmatch(path):
             self._file("datasets" if match[1] else "models", match[2], match[3], match[4])
         elif match := API.fullmatch(path):
@@ -143,13 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_GET
 
-    def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    def _answer(self, code: int, body: bytes, headers: dict[str, str], *, download: bool = False) -> None:
+        self.answer(code, body, {"Content-Type": "application/json", **headers}, download=download)
 
     def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
         self._answer(200, json.dumps(value).encode(), headers or {})
@@ -161,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         revision, _, inside = rest.partition("/")
         if rest.startswith(CONVERTED):
             revision, inside = CONVERTED, rest.removeprefix(CONVERTED)
-        repository = self.hub.repository(kind, name, revision)
+        repository = self.standin.repository(kind, name, revision)
         if repository is None:
             return self._missing("RepoNotFound")
         if verb is not None and revision not in ("main", CONVERTED, repository.commit):
@@ -181,14 +115,14 @@ class _Handler(BaseHTTPRequestHandler):
         entries = repository.tree(folder, query.get("recursive", ["false"])[0].lower() in ("true", "1"))
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
-        if start + self.hub.page < len(entries):
+        if start + self.standin.page < len(entries):
             rest_of_query = "&".join(f"{key}={values[0]}" for key, values in query.items() if key != "cursor")
-            link = f"{self.hub.endpoint}{urlsplit(self.path).path}?{rest_of_query}&cursor={start + self.hub.page}"
-            headers["Link"] = f'<{link}>; rel="next"'
-        return self._json(entries[start : start + self.hub.page], headers)
+            address = f"{self.standin.endpoint}{urlsplit(self.path).path}"
+            headers["Link"] = f'<{address}?{rest_of_query}&cursor={start + self.standin.page}>; rel="next"'
+        return self._json(entries[start : start + self.standin.page], headers)
 
     def _file(self, kind: str, name: str, revision: str, file: str) -> None:
-        repository = self.hub.repository(kind, name, revision)
+        repository = self.standin.repository(kind, name, revision)
         if repository is None:
             return self._missing("RepoNotFound")
         if revision not in ("main", CONVERTED, repository.commit):
@@ -196,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
         if file not in repository.files:
             return self._missing("EntryNotFound", headers)
-        if self.command == "GET" and self.hub.fails():
+        if self.command == "GET" and self.standin.fails():
             return self._answer(503, b"{}", {})
         raw = repository.files[file].read_bytes()
         code, begin, end = 200, 0, len(raw)
@@ -207,14 +141,29 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(raw)}"
         headers |= {"ETag": f'"{repository.object_id(file)}"', "Content-Type": "application/octet-stream"}
         part = raw[begin:end]
-        if self.command == "GET" and self.hub.cuts(len(part)):
-            self.send_response(code)
-            for key, value in {**headers, "Content-Length": str(len(part))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(part[: self.hub.cut_after])
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.close()
-            return None
-        return self._answer(code, part, headers)
+        return self._answer(code, part, headers, download=True)
+
+
+class HubStandIn(StandIn):
+    handler = _Handler
+
+    def __init__(
+        self, root: Path, *, fail_every: int = 0, cut_after: int = 0, max_faults: int = 1 << 30, page: int = 1000
+    ) -> None:
+        super().__init__(root, cut_after=cut_after, max_faults=max_faults)
+        self.fail_every, self.page, self._downloads = fail_every, page, 0
+
+    def repository(self, kind: str, name: str, revision: str = "main") -> Repository | None:
+        """The repository, or its conversion when the revision is that of the conversion."""
+        if (self.root / kind / f"{name}@converted").is_dir():
+            converted = Repository(self.root / kind / f"{name}@converted")
+            if revision in (CONVERTED, converted.commit):
+                return converted
+        folder = self.root / kind / name
+        return Repository(folder) if folder.is_dir() else None
+
+    def fails(self) -> bool:
+        """Whether this download is the one to be refused."""
+        with self._lock:
+            self._downloads += 1
+            return self._fault(bool(self.fail_every) and self._downloads % self.fail_every == 0)

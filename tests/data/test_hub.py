@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +14,12 @@ import corpora
 import pytest
 from hub_standin import HubStandIn
 from s3_standin import S3StandIn
+from standin import run_lm
 
 from lmcore.data.registry import REGISTRY, parse_dataset
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 
-ROOT = Path(__file__).parents[2]
 TEXTS = corpora.texts(300)
 CARD = """---
 configs:
@@ -83,21 +81,8 @@ def hub(root: Path) -> Iterator[HubStandIn]:
 def lm(tmp_path: Path) -> Lm:
     def run(hub: HubStandIn | str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         endpoint = hub if isinstance(hub, str) else hub.endpoint
-        return subprocess.run(
-            [sys.executable, "-m", "lmcore", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=tmp_path,
-            check=False,
-            env={
-                **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))},
-                "HF_ENDPOINT": endpoint,
-                "HF_HOME": str(tmp_path / "home"),
-                "PYTHONPATH": str(ROOT),
-                **environment,
-            },
-        )
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        return run_lm(tmp_path, arguments, own | environment, without=("HF_", "HUGGING"))
 
     return run
 

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +14,11 @@ from pathlib import Path
 import corpora
 import pytest
 from s3_standin import S3StandIn
+from standin import ROOT, run_lm
 
 from lmcore.data.manifest import read_manifest
 from lmcore.errors import Exit
 
-ROOT = Path(__file__).parents[2]
 TEXTS = corpora.texts(200)
 Lm = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -54,17 +53,8 @@ def lm(tmp_path: Path) -> Lm:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "HOME": str(tmp_path),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        return subprocess.run(
-            [sys.executable, "-m", "lmcore", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=tmp_path,
-            check=False,
-            env={k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | own | environment,
-        )
+        return run_lm(tmp_path, arguments, own | environment, without="AWS_")
 
     return run
 
