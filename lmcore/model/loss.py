@@ -242,6 +242,7 @@ class _ChunkedHead(torch.autograd.Function):
                     gw.addmm_(g.mT, xc)
                 else:
                     gw += g.mT @ xc
+                del g  # else it lives on beside that of the next chunk
         ctx.save_for_backward(gx, None if gw is None else gw.to(w.dtype))
         count = (targets != IGNORE).sum()
         if not each:

@@ -22,7 +22,7 @@ from lmcore.data.manifest import MANIFEST
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
 from lmcore.model.loss import chunk_for
-from lmcore.model.memory import PassMemory, trace_pass
+from lmcore.model.memory import HEAP_BLOCK, PassMemory, trace_pass
 from lmcore.model.model import LanguageModel
 from lmcore.model.parameters import ParameterInfo
 from lmcore.model.plan import ModelPlan, known_device, known_device_names, measure_peak, plan_model
@@ -37,8 +37,11 @@ from lmcore.training.lanes import choose_lanes
 
 PROGRAM_BYTES = {"cpu": 400 << 20, "cuda": 600 << 20}
 """The process itself: torch and its libraries on a CPU (measured), a CUDA context on a GPU."""
-ALLOCATOR = {"cpu": 1.18, "cuda": 1.04}
-"""Memory that the allocator holds per byte of temporary tensors. CPU: glibc's, measured 1.13 to 1.25."""
+ALLOCATOR = {"cpu": 1.3, "cuda": 1.04}
+"""Memory that the allocator holds per byte of gradients and temporary tensors. CPU: glibc's, which keeps blocks below
+32 MiB in a heap; measured 1.2 to 1.35 where the sizes of blocks repeat (dense layers), and where they do not: """
+MIXED_BLOCKS = 1.55
+"""scans, FFTs, experts, depth routing, recomputed layers, beside the gradients of other lanes (1.35 to 1.75)."""
 DEFAULT_MFU = {"cpu": 0.3, "cuda": 0.4}
 """Utilisation assumed when none is given."""
 ASSUMED_VOCABULARY = 50_257
@@ -357,42 +360,65 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     exact = train.reduce == "exact" or (train.reduce == "auto" and kind == "cpu")
     wanted = None if train.lanes == "auto" else train.lanes
     lanes = max(devices, choose_lanes(config.rows, devices, wanted)) if exact else devices
-    # A sum per level of the tree of lanes, and a flat copy of one to exchange.
-    copies = max(2 if devices > 1 or kind == "cpu" else 1, int(math.log2(max(1, lanes // devices))) + 1)
-    fixed = {
-        "program": PROGRAM_BYTES.get(kind, 400 << 20),
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters * copies,
-        "optimizer": optimizer.state_bytes() // devices,
-    }
-    if kind == "cpu" and train.checkpoint.background:
-        fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
     per_lane = max(1, config.rows // lanes)
-    slack = ALLOCATOR.get(kind, 1.1)
-    update = 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters)  # while Muon works, no activations are held
     micro = train.micro_batch
     if micro == "auto":
         micro = largest_divisor(per_lane, (8_192 if kind == "cpu" else 65_536) // config.model.context_length)
     assert isinstance(micro, int)
+    # A lane of one micro-batch makes its gradients while activations go; else they are there before.
+    accumulate = kind != "cpu" or micro < per_lane
+    sets = int(math.log2(max(1, lanes // devices))) + 1  # a sum per level of the tree of lanes
+    if kind != "cpu" and devices > 1:
+        sets = max(2, sets)  # a flat copy to exchange
+    fixed = {
+        "program": PROGRAM_BYTES.get(kind, 400 << 20),
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters * (sets if accumulate else sets - 1),
+        "optimizer": optimizer.state_bytes() // devices,
+    }
+    if kind == "cpu" and train.checkpoint.background:
+        fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
     passes: dict[int, PassMemory] = {}
 
     def peak_of(rows: int) -> int:
         if rows not in passes:
-            passes[rows] = _pass(config, target, rows)
+            passes[rows] = _pass(config, target, rows, accumulate)
         return passes[rows].peak
 
-    peak, kept = peak_of(micro), passes[micro].kept
+    peak, found = peak_of(micro), passes[micro]
+    slack = _slack(config, kind, sets)
+    small = sum(4 * p.numel() for group in optimizer.groups for p in group.parameters if 4 * p.numel() < HEAP_BLOCK)
+    small = fixed["gradients"] * small // (4 * parameters)
+
+    def loss_of(rows: int) -> int:
+        """What the allocator takes beside the tensors of a pass and the gradients before it."""
+        return round((slack - 1) * (passes[rows].small + small if kind == "cpu" else peak_of(rows)))
+
     largest: int | None = None
     if target.memory is not None:
-        room = (0.95 * target.memory - sum(fixed.values())) / slack
-        largest = _most_rows(peak_of, micro, _last_at_once(config, target), room)
+        room = 0.95 * target.memory - sum(fixed.values())
+        largest = _most_rows(lambda rows: peak_of(rows) + loss_of(rows), micro, _last_at_once(config, target), room)
         if train.micro_batch == "auto" and kind == "cuda" and largest < micro:
             micro = largest_divisor(per_lane, max(1, largest))
-            peak, kept = peak_of(micro), passes[micro].kept
-    moving = {"activations": kept, "temporary": peak - kept, "allocator": round((slack - 1) * peak)}
-    if slack * peak < update:
-        moving = {"optimizer step": update}
-    return MemoryPlan(fixed | moving, micro, largest)
+            peak, found = peak_of(micro), passes[micro]
+    overhead = loss_of(micro)
+    moving = {"activations": found.kept, "temporary": peak - found.kept - found.gradients, "allocator": overhead}
+    parts = fixed | moving
+    parts["gradients"] += found.gradients
+    # After the passes one set of gradients is left, beside what their exchange and the update take.
+    after = 4 * parameters * (3 if exact and devices > 1 else 2 if devices > 1 else 1)  # flat to send, and received
+    after = max(after, 4 * parameters + 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters))
+    if after > fixed["gradients"] + peak + overhead:
+        parts = fixed | {"gradients": 4 * parameters, "exchange and update": after - 4 * parameters}
+    return MemoryPlan(parts, micro, largest)
+
+
+def _slack(config: RunConfig, kind: str, sets: int) -> float:
+    model = config.model
+    mixed = set(model.pattern) & set("MRF") or "e" in model.ffn or "m" in model.depth
+    if kind == "cpu" and sets > 1 and (mixed or config.train.activation_checkpointing != "none"):
+        return MIXED_BLOCKS
+    return ALLOCATOR.get(kind, 1.1)
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -437,7 +463,7 @@ def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float
     return max(found, many()) if found == last else found
 
 
-def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
+def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool) -> PassMemory:
     length, model = config.model.context_length, config.model
     every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
 
@@ -454,6 +480,7 @@ def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
             checkpoint_every=every,
             chunk=None if tokens == length else chunk,
             compiled=compiled,
+            accumulate=accumulate,
         )
 
     if length <= _LONG or not set(model.pattern) & set("MR"):
@@ -465,7 +492,10 @@ def _pass(config: RunConfig, target: Target, rows: int) -> PassMemory:
     short, long = at(unit), at(2 * unit)
     steps = (length - 2 * unit) / unit
     return PassMemory(
-        round(long.kept + steps * (long.kept - short.kept)), round(long.peak + steps * (long.peak - short.peak))
+        round(long.kept + steps * (long.kept - short.kept)),
+        round(long.peak + steps * (long.peak - short.peak)),
+        long.gradients,
+        round(long.small + steps * max(0, long.small - short.small)),
     )
 
 

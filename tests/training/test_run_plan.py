@@ -1,12 +1,12 @@
 """The plan of a run: measured memory, impossible claims, lengths, and where its numbers come from."""
 
-import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from small_runs import TINY
 
+from lmcore.config import merge
 from lmcore.errors import LmError
 from lmcore.model.memory import trace_pass
 from lmcore.training.plan import (
@@ -20,67 +20,48 @@ from lmcore.training.plan import (
     plan_run,
     tokens_in,
 )
+from lmcore.training.rundir import read_metrics
 
 MODEL = {"vocab_size": 1000, "d_model": 128, "num_layers": 4, "num_heads": 4, "context_length": 256}
 TRAIN = {"steps": 100, "batch_tokens": 4096}
 GPU = Target("H100", "cuda", "bf16", 989e12, 80 * 10**9, "data sheet")
 
-MEASURE = """
-import json, sys
-import torch
-from lmcore.model.config import ModelConfig
-from lmcore.model.model import LanguageModel
-from lmcore.optim.config import OptimConfig
-from lmcore.optim.optimizer import build_optimizer
-
-fields, rows, dtype, kind = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-config = ModelConfig(**fields)
-model = LanguageModel(config).train()
-model.compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
-sizes = [p.numel() for p in model.parameters()]
-buffers = [torch.ones(sum(sizes)), torch.zeros(sum(sizes))]  # as the trainer holds two
-for p, view in zip(model.parameters(), buffers[1].split(sizes)):
-    p.grad = view.view(p.shape)
-optimizer = build_optimizer(model.parameter_table(), OptimConfig(optimizer=kind), total_steps=10)
-tokens = torch.randint(0, config.vocab_size, (rows, config.context_length))
-for step in range(2):
-    model.loss(tokens, tokens).objective().backward()
-    optimizer.step(step)
-print([int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
-"""
-LARGE = {"vocab_size": 8192, "d_model": 512, "num_layers": 6, "num_heads": 8, "context_length": 512}
+LARGE = {"vocab_size": 8192, "d_model": 512, "num_layers": 6, "num_heads": 8, "context_length": 512, "d_ff": 0}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak of memory is counted otherwise")
 @pytest.mark.parametrize(
-    ("changes", "rows", "dtype", "kind"),
+    ("changes", "train", "optimizer"),
     [
-        ({}, 2, "fp32", "muon"),
-        ({"num_kv_heads": 2, "gate": "elementwise"}, 4, "bf16", "adamw"),
-        ({"vocab_size": 50304}, 1, "bf16", "muon"),
-        ({"pattern": "AF"}, 2, "fp32", "adamw"),
-        ({"d_model": 768, "num_heads": 12}, 1, "fp32", "adamw8bit"),
+        ({}, {"micro_batch": 2, "dtype": "fp32"}, "muon"),
+        ({}, {"batch_tokens": 4096, "micro_batch": 1, "lanes": 4, "dtype": "fp32"}, "muon"),
+        ({"num_kv_heads": 2, "gate": "elementwise"}, {"micro_batch": 4, "dtype": "bf16"}, "adamw"),
+        ({"vocab_size": 50304}, {"micro_batch": 1, "dtype": "bf16"}, "muon"),
+        ({"pattern": "AF"}, {"micro_batch": 2, "dtype": "fp32"}, "adamw"),
+        ({"d_model": 768, "num_heads": 12}, {"micro_batch": 1, "dtype": "fp32"}, "adamw8bit"),
     ],
     ids=str,
 )
-def test_peak_memory_is_within_ten_percent_of_measured(changes, rows, dtype, kind):
-    fields = LARGE | changes
-    length = fields["context_length"]
-    drafted = draft(
-        {
-            "model": fields,
-            "optim": {"optimizer": kind},
-            "train": {"steps": 10, "batch_tokens": rows * length, "micro_batch": rows, "lanes": 1}
-            | {"checkpoint": {"background": False}},
-        }
-    )
-    optimizer, _ = meta_optimizer(drafted.config)
-    planned = plan_memory(drafted.config, Target("cpu", "cpu", dtype, 1e11, 1 << 40, ""), optimizer).total
-    argument = json.dumps([fields, rows, {"fp32": "float32", "bf16": "bfloat16"}[dtype], kind])
-    process = subprocess.run([sys.executable, "-c", MEASURE, argument], capture_output=True, text=True, check=True)
-    assert planned == pytest.approx(int(process.stdout), rel=0.1)
+def test_peak_memory_is_within_ten_percent_of_that_of_a_run(lab, changes, train, optimizer):
+    model = LARGE | changes
+    settings = {"batch_tokens": train["micro_batch"] * model["context_length"], "lanes": 1} | train | {"steps": 3}
+    settings |= {"eval": {"every_steps": 0}}
+    raw = {"model": model, "optim": {"optimizer": optimizer}, "train": settings}
+    config = draft(merge(TINY, raw)).config
+    planned = plan_memory(config, Target("cpu", "cpu", train["dtype"], None, None, ""), meta_optimizer(config)[0])
+    lab.run_ranks(1, "run", *_settings(raw))
+    measured = max(line["time"]["peak_bytes"] for line in read_metrics(lab.root / "run") if line["kind"] == "train")
+    assert planned.total == pytest.approx(measured, rel=0.1), (planned.total / measured, planned.parts)
+
+
+def _settings(raw, prefix=""):
+    """A nested configuration as the KEY=VALUE of --set."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value}"
 
 
 def test_the_parts_of_the_memory_are_the_known_sizes():
@@ -93,9 +74,9 @@ def test_the_parts_of_the_memory_are_the_known_sizes():
     assert parts["optimizer"] == 8 * plan.model.parameters - 4 * matrices
     assert plan.memory.micro_batch == 2
     assert plan.checkpoint_bytes == parts["weights"] + parts["optimizer"]
-    sharded = plan_run(drafted, GPU, devices=4).memory.parts
-    assert sharded["gradients"] == 8 * plan.model.parameters
-    assert sharded["optimizer"] == parts["optimizer"] // 4
+    divided = plan_run(drafted, GPU, devices=4).memory.parts
+    assert divided["gradients"] == 8 * plan.model.parameters
+    assert divided["optimizer"] == parts["optimizer"] // 4
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
@@ -127,7 +108,8 @@ def test_rows_chosen_by_themselves_fit_and_divide_the_step():
     ("changes", "eager", "compiled"),
     [
         ({}, 6_990_322_688, 4_979_334_144),
-        ({"vocab_size": 50_257}, 7_952_396_288, 6_476_434_432),
+        # Measured while a chunk of the loss lived on beside the next one; that one is taken off.
+        ({"vocab_size": 50_257}, 7_952_396_288 - 5336 * 50_304 * 2, 6_476_434_432),
         pytest.param({"pattern": "M"}, 17_563_214_848, 13_870_185_472, marks=pytest.mark.slow),
     ],
     ids=["dense", "wide vocabulary", "Mamba"],
