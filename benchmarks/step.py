@@ -27,8 +27,8 @@ from lmcore.training.batches import MicroBatch, Shape, StepBatch
 from lmcore.training.config import RunConfig, read_preset, settled
 from lmcore.training.device import DTYPES, numerics
 from lmcore.training.guards import LossScale
-from lmcore.training.loop import resolve
 from lmcore.training.parallel import World
+from lmcore.training.resolve import resolve
 from lmcore.training.step import Stepper
 
 

@@ -33,14 +33,14 @@ from lmcore.training import device as machine
 from lmcore.training.audit import Audit, audit
 from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
-from lmcore.training.compilation import compile_step, wants_compile
-from lmcore.training.config import RunConfig
+from lmcore.training.compilation import compile_step
 from lmcore.training.data import RunData, open_data, refuse_changed_data
 from lmcore.training.guards import Guard, LossScale
-from lmcore.training.lanes import choose_lanes
 from lmcore.training.launch import Launch
+from lmcore.training.memory import out_of_memory
 from lmcore.training.observe import SILENT, Observer, RunInfo
 from lmcore.training.parallel import World
+from lmcore.training.resolve import resolve
 from lmcore.training.step import StepNumbers, Stepper
 from lmcore.training.tensors import read_tensors
 from lmcore.training.tracking import Trackers
@@ -94,88 +94,8 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
         )
         run = stack.enter_context(rundir.opened(launch.run_dir, lock=world.main))
         world.barrier()
-        with _out_of_memory(config):
+        with out_of_memory(config):
             return _Run(launch, run, world, stop, told).go()
-
-
-def resolve(
-    config: RunConfig, device: torch.device, world_size: int = 1, *, recorded: frozenset[str] = frozenset()
-) -> RunConfig:
-    """The configuration with every "auto" decided for this machine.
-
-    recorded: settings that nobody asked for now, decided earlier for what may have been another number of ranks; they
-    give way where they do not fit.
-    """
-    train = config.train
-    dtype, _ = machine.resolve_dtype(train.dtype, device)
-    rows = config.rows
-    reduce = train.reduce if train.reduce != "auto" else ("exact" if device.type == "cpu" else "fast")
-    compiled = wants_compile(config, device) if train.compile == "auto" else train.compile
-    if train.shard == "full" and world_size > 1:
-        for key, value, unfit in (
-            ("reduce", "exact", train.reduce == "exact"),
-            ("compile", "true", train.compile is True),
-        ):
-            if unfit and f"train.{key}" not in recorded:
-                raise LmError(
-                    f"train.{key} = {value} is not possible with train.shard = full.", hint="Leave it at auto."
-                )
-        reduce, compiled = "fast", False
-    if reduce == "exact":
-        lanes = choose_lanes(rows, world_size) if train.lanes == "auto" else train.lanes
-    else:
-        lanes = world_size
-    if rows % lanes or lanes % world_size:
-        raise LmError(
-            f"{rows} rows per step cannot be divided into {lanes} lanes for {world_size} ranks.",
-            hint=f"Choose train.batch_tokens as a multiple of {world_size * config.model.context_length:,}, and a "
-            "number of ranks that is a power of two.",
-        )
-    per_lane = rows // lanes
-    micro = train.micro_batch
-    if micro == "auto":
-        micro = _rows_of_a_pass(config, device, per_lane, lanes, world_size)
-    elif "train.micro_batch" in recorded:
-        micro = math.gcd(micro, per_lane)
-    elif per_lane % micro:
-        fits = [n for n in range(1, per_lane + 1) if per_lane % n == 0]
-        raise LmError(
-            f"train.micro_batch = {micro} does not divide the {per_lane} rows of a lane ({rows} rows per step, {lanes} "
-            f"lanes).",
-            hint=f"Possible: {', '.join(map(str, fits))}.",
-        )
-    names = {value: name for name, value in machine.DTYPES.items()}
-    return config.model_copy(
-        update={
-            "train": train.model_copy(
-                update={
-                    "dtype": names[dtype],
-                    "reduce": reduce,
-                    "lanes": lanes,
-                    "micro_batch": micro,
-                    "compile": compiled,
-                }
-            )
-        }
-    )
-
-
-def _rows_of_a_pass(config: RunConfig, device: torch.device, per_lane: int, lanes: int, world_size: int) -> int:
-    """A divisor of the rows of a lane: some thousand tokens, on a GPU fewer where the planner says that they do not
-    fit."""
-    from lmcore.training.plan import find_target, largest_divisor, meta_optimizer, plan_memory
-
-    model = config.model
-    micro = largest_divisor(per_lane, (8_192 if device.type == "cpu" else 65_536) // model.context_length)
-    if device.type != "cuda" or micro == 1:
-        return micro
-    activations = 100 * micro * model.context_length * model.d_model * model.num_layers  # three times the usual
-    if 16 * plan_model(model).parameters + activations < 0.5 * torch.cuda.get_device_properties(device).total_memory:
-        return micro
-    # Decided with the numbers of lanes and ranks; whatever else is "auto" keeps its meaning.
-    config = config.model_copy(update={"train": config.train.model_copy(update={"lanes": lanes})})
-    target = find_target(str(device), config.train.dtype)
-    return plan_memory(config, target, meta_optimizer(config)[0], devices=world_size).micro_batch
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -856,43 +776,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value
-
-
-@contextlib.contextmanager
-def _out_of_memory(config: RunConfig) -> Iterator[None]:
-    """Answer an exhausted memory with what can be done about it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "out of memory" not in text and "can't allocate memory" not in text:
-                raise
-        micro, planned = _planned_memory(config)
-        recomputes = config.train.activation_checkpointing == "full"
-        raise LmError(
-            f"out of memory at a micro-batch of {micro} x {config.model.context_length:,} tokens "
-            f"({text.splitlines()[0] if text else type(error).__name__}).{planned}",
-            hint="In this order: a smaller --set train.micro_batch=N (the result stays the same), "
-            f"{'' if recomputes else '--set train.activation_checkpointing=full, '}"
-            "a shorter model.context_length, a smaller model. "
-            "See what fits with: lm train --dry-run",
-        ) from error
-
-
-def _planned_memory(config: RunConfig) -> tuple[int | str, str]:
-    """The micro-batch and a sentence on what the planner makes of it; empty when it cannot tell."""
-    from lmcore.training.plan import find_target, meta_optimizer, plan_memory
-
-    try:
-        target = find_target(config.train.device, config.train.dtype)
-        memory = plan_memory(config, target, meta_optimizer(config)[0])
-    except Exception:  # memory is exhausted: advice must not fail a second time
-        return config.train.micro_batch, ""
-    if target.memory is None or memory.largest_micro_batch is None:
-        return memory.micro_batch, ""
-    room = f"of the {storage.format_bytes(target.memory)} of {target.name}"
-    return memory.micro_batch, (
-        f" The plan says {storage.format_bytes(memory.total)} {room}; the largest micro-batch that fits an otherwise "
-        f"idle machine is {memory.largest_micro_batch:,}."
-    )

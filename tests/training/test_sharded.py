@@ -10,7 +10,7 @@ from lmcore.errors import LmError
 from lmcore.optim.optimizer import build_optimizer
 from lmcore.optim.sharding import Ranks, rows_of
 from lmcore.training.checkpoint import load_model
-from lmcore.training.loop import resolve
+from lmcore.training.resolve import resolve
 from lmcore.training.tensors import read_tensors
 
 SHORT = ("train.steps=8", "train.checkpoint.every_steps=0", "train.eval.every_steps=4")
