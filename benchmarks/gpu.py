@@ -148,7 +148,8 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
         stepper.gradients(batch)
         once = [g.clone() for g in stepper.held_gradients() if g is not None]
         stepper.gradients(batch)
-        return all(torch.equal(a, b) for a, b in zip(once, stepper.held_gradients(), strict=True) if b is not None)
+        again = [g for g in stepper.held_gradients() if g is not None]
+        return all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
     step.repeats = repeats  # type: ignore[attr-defined]
     return step
@@ -198,7 +199,7 @@ def _profile(step: Callable[[], float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name begins with one of these, separated by ;")
+    parser.add_argument("--only", default="", help="cases of these names, separated by ;")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--parts", action="store_true", help="profile one more step of each case")
     parser.add_argument("--no-plan", action="store_true", help="leave out the planned memory, which takes seconds")

@@ -88,6 +88,8 @@ def muon_update(
     dtype: precision of the orthogonalisation, None = bfloat16 where the device has it.
     """
     factor = shape_factor(scale)
+    if not parameters:
+        return
     # One call for all: on a GPU a step of a small model is bound by the number of launches.
     torch._foreach_lerp_(list(momenta), [g.to(m.dtype) for g, m in zip(gradients, momenta, strict=True)], 1 - momentum)
     blocks: dict[tuple[int, int], list[_Block]] = {}
@@ -229,7 +231,8 @@ def _apply(
             agree = (update * parameter >= 0).to(parameter.dtype)
             parameter.mul_(agree.mul_(-lr * weight_decay).add_(1))
     elif weight_decay:
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        for parameter in parameters:  # not foreach, which rounds the factor to bf16 when the parameters are
+            parameter.mul_(1 - lr * weight_decay)
     by_size: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for parameter, update in zip(parameters, updates, strict=True):
         ours, theirs = by_size.setdefault(factor(parameter.shape[1], parameter.shape[2]), ([], []))

@@ -111,7 +111,13 @@ class _Run:
         _, self.dtype_reason = machine.resolve_dtype(launch.config.train.dtype, world.device)
         recorded = {"train.micro_batch", "train.reduce", "train.compile"} if launch.exists else set()
         recorded -= {key for key, _, _ in launch.changes}
-        self.config = config = resolve(launch.config, world.device, world.size, recorded=frozenset(recorded))
+        config = resolve(launch.config, world.device, world.size, recorded=frozenset(recorded))
+        if launch.config.train.micro_batch == "auto" and world.size > 1:
+            # Cards of different sizes hold different numbers of rows, and all ranks must make the same passes.
+            assert isinstance(config.train.micro_batch, int)
+            rows = -world.maximum(-config.train.micro_batch)
+            config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": rows})})
+        self.config = config
         train = config.train
         assert isinstance(train.lanes, int)
         assert isinstance(train.micro_batch, int)

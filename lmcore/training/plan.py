@@ -39,9 +39,10 @@ PROGRAM_BYTES = {"cpu": 400 << 20, "cuda": 600 << 20}
 """The process itself: torch and its libraries on a CPU (measured), a CUDA context on a GPU."""
 ALLOCATOR = {"cpu": 1.3, "cuda": 1.04}
 """Memory that the allocator holds per byte of gradients and temporary tensors. CPU: glibc's, which keeps blocks below
-32 MiB in a heap; measured 1.2 to 1.35 where the sizes of blocks repeat (dense layers), and where they do not: """
+32 MiB in a heap; measured 1.2 to 1.35 where the sizes of blocks repeat, as they do in dense layers."""
 MIXED_BLOCKS = 1.55
-"""scans, FFTs, experts, depth routing, recomputed layers, beside the gradients of other lanes (1.35 to 1.75)."""
+"""The same on a CPU where they do not: scans, FFTs, experts, depth routing and recomputed layers, beside the gradients
+of other lanes (measured 1.35 to 1.75)."""
 DEFAULT_MFU = {"cpu": 0.3, "cuda": 0.4}
 """Utilisation assumed when none is given."""
 ASSUMED_VOCABULARY = 50_257
@@ -390,18 +391,24 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     small = sum(4 * p.numel() for group in optimizer.groups for p in group.parameters if 4 * p.numel() < HEAP_BLOCK)
     small = fixed["gradients"] * small // (4 * parameters)
 
-    def loss_of(rows: int) -> int:
+    def allocator_bytes(rows: int) -> int:
         """What the allocator takes beside the tensors of a pass and the gradients before it."""
         return round((slack - 1) * (passes[rows].small + small if kind == "cpu" else peak_of(rows)))
 
     largest: int | None = None
     if target.memory is not None:
         room = 0.95 * target.memory - sum(fixed.values())
-        largest = _most_rows(lambda rows: peak_of(rows) + loss_of(rows), micro, _last_at_once(config, target), room)
+
+        def needed(rows: int) -> int:
+            # Fewer rows than a lane has are summed up, which takes a set of gradients more.
+            more = 4 * parameters if not accumulate and rows < per_lane else 0
+            return peak_of(rows) + allocator_bytes(rows) + more
+
+        largest = _most_rows(needed, micro, _last_at_once(config, target), room)
         if train.micro_batch == "auto" and kind == "cuda" and largest < micro:
             micro = largest_divisor(per_lane, max(1, largest))
             peak, found = peak_of(micro), passes[micro]
-    overhead = loss_of(micro)
+    overhead = allocator_bytes(micro)
     moving = {"activations": found.kept, "temporary": peak - found.kept - found.gradients, "allocator": overhead}
     parts = fixed | moving
     parts["gradients"] += found.gradients

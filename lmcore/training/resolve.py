@@ -7,6 +7,7 @@ continued must decide alike.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -55,7 +56,8 @@ def resolve(
     per_lane = rows // lanes
     micro = train.micro_batch
     if micro == "auto":
-        micro = _rows_of_a_pass(config, device, per_lane, lanes, world_size)
+        settled = {"lanes": lanes, "reduce": reduce, "compile": compiled}
+        micro = _rows_of_a_pass(config, device, per_lane, world_size, settled)
     elif "train.micro_batch" in recorded:
         micro = math.gcd(micro, per_lane)
     elif per_lane % micro:
@@ -81,9 +83,11 @@ def resolve(
     )
 
 
-def _rows_of_a_pass(config: RunConfig, device: torch.device, per_lane: int, lanes: int, world_size: int) -> int:
+def _rows_of_a_pass(
+    config: RunConfig, device: torch.device, per_lane: int, world_size: int, settled: dict[str, Any]
+) -> int:
     """A divisor of the rows of a lane: some thousand tokens, on a GPU fewer where the planner says that they do not
-    fit."""
+    fit. settled: the settings of `train` that are decided already."""
     model = config.model
     micro = largest_divisor(per_lane, (8_192 if device.type == "cpu" else 65_536) // model.context_length)
     if device.type != "cuda" or micro == 1:
@@ -91,7 +95,6 @@ def _rows_of_a_pass(config: RunConfig, device: torch.device, per_lane: int, lane
     activations = 100 * micro * model.context_length * model.d_model * model.num_layers  # three times the usual
     if 16 * plan_model(model).parameters + activations < 0.5 * torch.cuda.get_device_properties(device).total_memory:
         return micro
-    # Decided with the numbers of lanes and ranks; whatever else is "auto" keeps its meaning.
-    config = config.model_copy(update={"train": config.train.model_copy(update={"lanes": lanes})})
+    config = config.model_copy(update={"train": config.train.model_copy(update=settled)})
     target = find_target(str(device), config.train.dtype)
     return plan_memory(config, target, meta_optimizer(config)[0], devices=world_size).micro_batch

@@ -335,6 +335,22 @@ def test_muon_is_an_ordinary_torch_optimizer():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def test_a_step_without_any_gradient_changes_nothing():
+    parameter = torch.nn.Parameter(gaussian(4, 6))
+    before = parameter.detach().clone()
+    Muon([parameter]).step()
+    assert torch.equal(parameter, before)
+
+
+def test_decay_of_bf16_parameters_is_not_rounded_away():
+    parameter = torch.nn.Parameter(gaussian(64, 64).bfloat16())
+    parameter.grad = torch.zeros_like(parameter)
+    expected = parameter.detach() * (1 - 0.02 * 0.15)
+    Muon([parameter], lr=0.02, weight_decay=0.15).step()
+    assert torch.equal(parameter.detach(), expected)
+    assert not torch.equal(expected, expected / (1 - 0.02 * 0.15))
+
+
 def test_parameters_without_a_gradient_are_left_alone():
     p, q = torch.nn.Parameter(torch.ones(4, 8)), torch.nn.Parameter(torch.ones(4, 8))
     p.grad = torch.ones(4, 8)
