@@ -97,6 +97,7 @@ def ours(
     shape = Shape(config.rows, lanes, config.rows // lanes)
     stepper = Stepper(model, optimizer, World(), shape, seed=1, exact=True, scale=LossScale(False))
     if compiled:
+        model.fused_head = True  # as compile_step does
         stepper.forward = torch.compile(stepper.forward, dynamic=False)
     x, y = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
     micro = tuple(

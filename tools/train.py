@@ -179,7 +179,7 @@ def command(
         float | None,
         typer.Option(
             "--max-minutes",
-            help="Save and leave with status 75 before this time is over.",
+            help="Save and leave with status 75 before this time is over (after one step at least).",
             rich_help_panel=MACHINE,
             show_default=False,
         ),

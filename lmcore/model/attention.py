@@ -34,6 +34,10 @@ from lmcore.model.state import MixerState
 MARGIN = 64
 """Slots of a window's ring beyond the window: the longest chunk that is written before it is attended to."""
 
+SHORT, BLOCK = 512, 128
+"""Compiled for a CPU in bf16, plain products in blocks of queries beat the fused kernel up to this length: 5.7 ms
+against 11.6 forward and backward for (8, 3, 256, 64), 23 against 51 for (4, 8, 512, 64), 47 against 63 at 1,024."""
+
 
 @dataclass
 class KVCache(MixerState):
@@ -194,7 +198,24 @@ class Attention(nn.Module):
             return self._sdpa(q, k, v, mask=self._visible(index, index))
         if self.window and q.shape[2] > self.window:
             return self._windowed(q, k, v)
+        if torch.compiler.is_compiling() and self._products_are_faster(q):
+            return self._in_products(q, k, v)
         return self._sdpa(q, k, v, causal=True)
+
+    def _products_are_faster(self, q: Tensor) -> bool:
+        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT
+        return short and self.heads == self.kv_heads and not self.window
+
+    def _in_products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Blocks of queries against all keys up to their end, as the equation says; holds the weights, T x T / 2."""
+        steps, made = q.shape[2], []
+        position = torch.arange(steps, device=q.device)
+        for start in range(0, steps, BLOCK):
+            stop = min(start + BLOCK, steps)
+            scores = (q[:, :, start:stop] @ k[:, :, :stop].mT).to(wide(q.dtype)) * self.head_dim**-0.5
+            scores = scores.masked_fill(position[:stop] > position[start:stop, None], -torch.inf)
+            made.append(scores.softmax(-1).to(v.dtype) @ v[:, :, :stop])
+        return torch.cat(made, 2)
 
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Blocks of `window` queries: the first sees itself causally, every other one itself and the block before."""

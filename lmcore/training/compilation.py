@@ -4,7 +4,7 @@ The decision is a function of the configuration and the device, never of a measu
 arithmetic differ in their last bits and a continued run must decide alike. On a CPU models of up to eight layers are
 compiled as one graph. Deeper ones are compiled block by block, which compiles one block instead of all, and so is
 everything on a GPU: there the gradient of a compiled embedding is summed by atomic additions, whose order changes from
-run to run. The loss has compiled kernels of its own then (`LanguageModel.fused_head`).
+run to run. Except in a deep model on a CPU the loss is compiled, too (`LanguageModel.fused_head`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world
     eager = stepper.forward
     problem = ""
     gpu = world.device.type == "cuda"
-    model.fused_head = gpu
+    whole = model.config.num_layers <= WHOLE_GRAPH_LAYERS and not gpu
+    model.fused_head = gpu or whole
     try:
-        if model.config.num_layers <= WHOLE_GRAPH_LAYERS and not gpu:
+        if whole:
             stepper.forward = torch.compile(eager, dynamic=False)
         else:
             for block in model.blocks:

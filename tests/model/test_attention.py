@@ -103,3 +103,18 @@ def test_sinks_of_uniform_and_of_concentrated_attention():
     sinks = model.attention_sinks(tokens)
     assert sinks.shape == (1,)
     assert sinks.item() == pytest.approx(sum(1 / (m + 1) for m in range(1, 30)) / 29, abs=1e-12)
+
+
+@pytest.mark.parametrize("length", [100, 128, 300])
+def test_blocks_of_products_equal_the_fused_kernel(length):
+    """What a compiler for a CPU gets, here without one; in float64, with gradients."""
+    mixer = Attention(ModelConfig(vocab_size=16, d_model=16, num_heads=2, num_layers=1, context_length=512))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 2, length, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    found = []
+    for form in (mixer._in_products, lambda q, k, v: mixer._sdpa(q, k, v, causal=True)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = form(*inputs)
+        found.append([y, *torch.autograd.grad(y, inputs, g)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -63,10 +63,19 @@ def test_the_time_limit_saves_and_says_so(lab):
     stop = Stop(max_minutes=1e-9)
     assert stop.reason() == "time"
     result = lab.run("run", "train.max_minutes=0.000001")
-    assert result.reason == "time"
-    assert result.step <= 1
+    assert (result.reason, result.step) == ("time", 1)
     lab.run("whole")
     lab.run("run", "train.max_minutes=5")
+    assert hashes(lab.root / "run") == hashes(lab.root / "whole")
+
+
+def test_a_time_limit_shorter_than_the_start_still_gets_a_run_done(lab):
+    settings = ("train.steps=2", "train.eval.every_steps=0")
+    ends = [lab.run("run", "train.max_minutes=0.000001", *settings) for _ in range(4)]
+    assert [(end.reason, end.step) for end in ends] == [
+        ("time", 1), ("time", 2), ("finished", 2), ("nothing to do", 2)
+    ]  # fmt: skip
+    assert ends[2].validation == lab.run("whole", *settings).validation != {}
     assert hashes(lab.root / "run") == hashes(lab.root / "whole")
 
 
