@@ -278,7 +278,8 @@ def _fused_forward(
     ctx: Any, x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool, each: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`_ChunkedHead.forward` with the arithmetic between the products in a compiled kernel."""
-    kernel = _compiled_softmax_gradient()
+    # Inside a graph that is compiled as a whole it is fused with the rest.
+    kernel = softmax_gradient if torch.compiler.is_compiling() else _compiled_softmax_gradient()
     acc = wide(x.dtype)
     wc = w.to(x.dtype)
     total = torch.zeros((), dtype=acc, device=x.device)
