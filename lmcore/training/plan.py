@@ -447,7 +447,12 @@ def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float
     it, it is not: more rows may need less.
     """
 
-    def line(a: int, b: int) -> int:
+    def line(a: int, b: int, most: int) -> int:
+        end = b
+        while peak_of(b) < 1.1 * peak_of(a) and 2 * b <= min(most, 64 * a):  # a part without rows is still the peak
+            b *= 2
+        if b > end and 2 * b <= most:
+            a, b = b, 2 * b
         growth = max(1.0, (peak_of(b) - peak_of(a)) / (b - a))
         return max(0, math.floor(a + (room - peak_of(a)) / growth))
 
@@ -455,11 +460,11 @@ def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float
         end = min(last, micro) if 1 < micro <= last else min(last, 2)
         if end < 2:
             return int(end == 1 and peak_of(1) <= room)
-        return min(last, line(1, end))
+        return min(last, line(1, end, last))
 
     def many() -> int:
         first = last + 1
-        found = line(first, micro if micro > first else 2 * first)
+        found = line(first, micro if micro > first else 2 * first, 128 * first)
         return found if found >= first else 0
 
     if room <= 0:

@@ -170,6 +170,8 @@ def test_the_most_rows_are_found_on_either_side_of_the_switch():
         assert few == 0 if not fits else few in fits
     assert _most_rows(peak, 2, last, 1000) == 192
     assert _most_rows(lambda rows: 10 * rows, 1, 0, 55) == 5
+    # A few rows are lost in a part that does not depend on them.
+    assert _most_rows(lambda rows: max(1000, 20 * rows), 1, 0, 10_000) == 500
 
 
 def test_a_long_scan_is_planned_with_the_loss_of_its_own_length():
