@@ -46,7 +46,7 @@ of other lanes (measured 1.35 to 1.75)."""
 DEFAULT_MFU = {"cpu": 0.3, "cuda": 0.4}
 """Utilisation assumed when none is given."""
 ASSUMED_VOCABULARY = 50_257
-FIXED = ("program", "weights", "gradients", "optimizer", "checkpoint copy")
+FIXED = ("program", "weights", "gathered layers", "gradients", "optimizer", "checkpoint copy")
 """Parts of the memory that do not depend on the rows of a pass."""
 _LONG = 8192
 """Longer sequences through a scan are examined at two shorter lengths: their memory is linear in the length."""
@@ -377,6 +377,11 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
         "gradients": 4 * parameters * (sets if accumulate else sets - 1),
         "optimizer": optimizer.state_bytes() // devices,
     }
+    sharded = train.shard == "full" and devices > 1
+    if sharded:
+        accumulate, sets = True, 1
+        fixed["weights"] = fixed["gradients"] = -(-4 * parameters // devices)
+        fixed["gathered layers"] = _gathered(optimizer)
     if kind == "cpu" and train.checkpoint.background:
         fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
     passes: dict[int, PassMemory] = {}
@@ -413,11 +418,28 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     parts = fixed | moving
     parts["gradients"] += found.gradients
     # After the passes one set of gradients is left, beside what their exchange and the update take.
-    after = 4 * parameters * (3 if exact and devices > 1 else 2 if devices > 1 else 1)  # flat to send, and received
-    after = max(after, 4 * parameters + 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters))
+    left = fixed["gradients"] if sharded else 4 * parameters
+    if sharded:
+        after = 3 * left  # at their owners matrices and their gradients become whole
+    else:
+        after = left * (3 if exact and devices > 1 else 2 if devices > 1 else 1)  # flat to send, and received
+    after = max(after, left + 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters))
     if after > fixed["gradients"] + peak + overhead:
-        parts = fixed | {"gradients": 4 * parameters, "exchange and update": after - 4 * parameters}
+        parts = fixed | {"gradients": left, "exchange and update": after - left}
     return MemoryPlan(parts, micro, largest)
+
+
+def _gathered(optimizer: Optimizer) -> int:
+    """Bytes of whole weights on a rank that holds a share of them: what lies outside of the layers during the whole
+    pass, the layer that computes and the next one, which is on its way; not measured."""
+    sizes: dict[str, int] = {}
+    for group in optimizer.groups:
+        for row in group.rows:
+            place = row.name.split(".")
+            layer = ".".join(place[:2]) if place[0] in ("blocks", "mtp") else ""
+            sizes[layer] = sizes.get(layer, 0) + 4 * row.parameter.numel()
+    outside = sizes.pop("", 0)
+    return outside + sum(sorted(sizes.values())[-2:])
 
 
 def _slack(config: RunConfig, kind: str, sets: int) -> float:

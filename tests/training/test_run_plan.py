@@ -79,6 +79,18 @@ def test_the_parts_of_the_memory_are_the_known_sizes():
     assert divided["optimizer"] == parts["optimizer"] // 4
 
 
+def test_sharded_weights_are_planned_as_a_share_and_the_layers_that_are_whole():
+    drafted = draft({"model": MODEL, "train": TRAIN | {"micro_batch": 2, "shard": "full"}})
+    plan = plan_run(drafted, GPU, devices=4)
+    parts, total = plan.memory.parts, plan.model.parameters
+    assert parts["weights"] == parts["gradients"] == total
+    table = meta_optimizer(drafted.config)[1]
+    block = sum(row.parameter.numel() for row in table if row.name.startswith("blocks.0."))
+    outside = total - MODEL["num_layers"] * block
+    assert parts["gathered layers"] == 4 * (outside + 2 * block)
+    assert "gathered layers" not in plan_run(drafted, GPU).memory.parts
+
+
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     drafted = draft({"model": MODEL, "train": {"steps": 10, "batch_tokens": 256 * 512}})
     tight = Target("card", "cuda", "bf16", 1e12, 2 << 30, "")
