@@ -58,6 +58,7 @@ def measure(case: str, dtype: str, steps: int) -> dict[str, float]:
     """In this process: planned and measured bytes."""
     import torch
 
+    from lmcore.heap import bound_kernel_cache, keep_freed_memory
     from lmcore.model.model import LanguageModel
     from lmcore.optim.optimizer import build_optimizer
     from lmcore.training.batches import MicroBatch, Shape, StepBatch
@@ -67,6 +68,8 @@ def measure(case: str, dtype: str, steps: int) -> dict[str, float]:
     from lmcore.training.plan import Target, draft, meta_optimizer, plan_memory
     from lmcore.training.step import Stepper
 
+    bound_kernel_cache()
+    keep_freed_memory()  # as the trainer does
     config = draft(configuration(case, dtype)).config
     model = LanguageModel(config.model).train()
     model.compute_dtype = None if dtype == "fp32" else DTYPES[dtype]

@@ -288,7 +288,7 @@ def run_bare_pool(options: argparse.Namespace) -> dict[str, float]:
 
 def open_bare(options: argparse.Namespace, copies: int) -> tuple:  # type: ignore[type-arg]
     """(encoder, the corpus in memory)"""
-    from lmcore.data.heap import keep_freed_memory
+    from lmcore.heap import keep_freed_memory
 
     keep_freed_memory()  # as ours has it
     from lmcore.data.encoder import GigatokenEncoder
@@ -301,7 +301,7 @@ def open_bare(options: argparse.Namespace, copies: int) -> tuple:  # type: ignor
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, float]:
-    from lmcore.data.heap import keep_freed_memory
+    from lmcore.heap import keep_freed_memory
 
     keep_freed_memory()
     from lmcore.data.plan import TokenizeConfig

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.heap import bound_kernel_cache
 
 from . import ui
 
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # Written anywhere on the line, --debug means the same.
     arguments = [a for a in arguments if a != "--debug"]
+    bound_kernel_cache()
     try:
         app(arguments, prog_name="lm")
     except LmError as error:

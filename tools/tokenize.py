@@ -131,7 +131,7 @@ def command(
     import sys
 
     from lmcore.config import build
-    from lmcore.data.heap import keep_freed_memory
+    from lmcore.heap import keep_freed_memory
 
     keep_freed_memory()  # before Arrow is loaded
     from lmcore.data.forecast import forecast

@@ -250,7 +250,7 @@ def command(
     from lmcore.errors import LmError
 
     if stream is not None:
-        from lmcore.data.heap import keep_freed_memory
+        from lmcore.heap import keep_freed_memory
 
         keep_freed_memory()  # before Arrow is loaded
     if run is not None and out is not None:

@@ -33,7 +33,6 @@ import numpy.typing as npt
 from lmcore import storage
 from lmcore.data.documents import Documents, filter_lengths
 from lmcore.data.encoder import Backend, Encoded, EncodingStage, open_encoder
-from lmcore.data.heap import keep_freed_memory
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, make_manifest, read_manifest, write_manifest
 from lmcore.data.pipeline import map_in_order
 from lmcore.data.plan import (
@@ -52,6 +51,7 @@ from lmcore.data.sources import Source, Unit, resolve
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.data.writer import Committed, SetWriter, recover
 from lmcore.errors import Exit, LmError
+from lmcore.heap import keep_freed_memory
 from lmcore.progress import SILENT, Progress
 
 TRAINING_BYTES = 64 << 20

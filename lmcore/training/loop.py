@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 
 from lmcore import storage
-from lmcore.data.heap import keep_freed_memory
 from lmcore.data.sampler import Mixture, SourceShare
 from lmcore.data.streaming import TextStream
 from lmcore.errors import Exit, LmError
+from lmcore.heap import bound_kernel_cache, keep_freed_memory
 from lmcore.model.model import LanguageModel
 from lmcore.model.plan import known_device, measure_peak, plan_model
 from lmcore.optim.optimizer import Optimizer, build_optimizer
@@ -78,6 +78,7 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
     locked."""
     config = launch.config
     device = machine.resolve_device(config.train.device)
+    bound_kernel_cache()
     keep_freed_memory()  # a step asks for the same blocks as the one before: pages mapped anew cost a tenth of it
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(parallel.joined(device, timeout_s=config.train.dist_timeout_s))

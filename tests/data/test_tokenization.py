@@ -614,7 +614,7 @@ def test_interrupt_finishes_the_shard_under_way(
 
 PEAK = """
 import sys
-from lmcore.data.heap import keep_freed_memory
+from lmcore.heap import keep_freed_memory
 keep_freed_memory()
 from lmcore.data.tokenization import TokenizeConfig, tokenize
 report = tokenize(TokenizeConfig(paths=(sys.argv[1],), tokenizer=sys.argv[2]), sys.argv[3])
