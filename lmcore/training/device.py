@@ -97,7 +97,10 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterator[None]:
-    """Set torch's process-wide switches for a run and put them back afterwards."""
+    """Set torch's process-wide switches for a run and put them back afterwards.
+
+    LmError (2) when an operation has no deterministic form on this device.
+    """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
@@ -113,6 +116,13 @@ def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterato
         torch.set_num_threads(threads)
     try:
         yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise LmError(
+            f"not reproducible on this device: {str(error).partition(',')[0]}.",
+            hint="Without the promise of equal bits after an interruption it runs: --set train.deterministic=false",
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

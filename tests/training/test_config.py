@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from lmcore.config import build, merge
 from lmcore.errors import LmError
@@ -21,6 +22,7 @@ from lmcore.training.config import (
     read_run_config,
     settled,
 )
+from lmcore.training.device import numerics
 
 SMALL = {"model": {"d_model": 64, "num_layers": 2, "num_heads": 2, "context_length": 128}}
 
@@ -163,3 +165,11 @@ def test_differences_name_key_values_and_class():
         ("optim.lr", a.optim.lr, 0.5, "schedule"),
         ("train.log.every_steps", 10, 3, "free"),
     ]
+
+
+def test_an_operation_without_a_deterministic_form_is_answered_with_the_way_out():
+    with pytest.raises(LmError, match=r"put_ does not have a deterministic implementation") as caught:
+        with numerics(deterministic=True, tf32=False, threads=None):
+            torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
+    assert "--set train.deterministic=false" in caught.value.hint
+    assert not torch.are_deterministic_algorithms_enabled()
