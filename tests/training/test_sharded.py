@@ -10,11 +10,14 @@ from lmcore.errors import LmError
 from lmcore.optim.optimizer import build_optimizer
 from lmcore.optim.sharding import Ranks, rows_of
 from lmcore.training.checkpoint import load_model
+from lmcore.training.device import cpu_bf16
 from lmcore.training.resolve import resolve
 from lmcore.training.tensors import read_tensors
 
 SHORT = ("train.steps=8", "train.checkpoint.every_steps=0", "train.eval.every_steps=4")
 SHARDED = "train.shard=full"
+ROUNDED = cpu_bf16() != ""
+"""Muon orthogonalises in bf16 where the processor has it: a last bit of a gradient can then move an update by 2^-8."""
 
 
 def losses(lab, name):
@@ -34,7 +37,8 @@ def losses(lab, name):
 def test_two_sharded_ranks_train_like_one(lab, more):
     lab.run("one", *SHORT, *more)
     lab.run_ranks(2, "two", *SHORT, *(m for m in more if "lanes" not in m), SHARDED)
-    close = 1e-6 if "train.dtype=bf16" not in more else 2e-3
+    close = 2e-4 if ROUNDED and "optim.optimizer=adamw" not in more else 1e-6
+    close = 2e-3 if "train.dtype=bf16" in more else close
     assert losses(lab, "two") == pytest.approx(losses(lab, "one"), rel=close)
     validations = [[line["loss"] for line in curve(lab.root / n) if line["kind"] == "val"] for n in ("one", "two")]
     assert validations[1] == pytest.approx(validations[0], rel=close)
@@ -68,7 +72,7 @@ def test_killed_on_two_ranks_and_continued_on_two_four_and_one(lab):
     lab.run_ranks(4, "on four", *settings, SHARDED)
     lab.run("on one", *settings)
     for name in ("whole", "on four", "on one"):
-        assert losses(lab, name) == pytest.approx(losses(lab, "one"), rel=1e-5)
+        assert losses(lab, name) == pytest.approx(losses(lab, "one"), rel=2e-4 if ROUNDED else 1e-5)
 
 
 @pytest.mark.parametrize(
