@@ -121,7 +121,7 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
             b.zero_()
     model.compute_dtype = torch.bfloat16
     model.train()
-    model.checkpoint_every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+    model.checkpoint_every = config.train.checkpoint_every
     optimizer = build_optimizer(model.parameter_table(), config.optim, total_steps=1000)
     shape = Shape(config.rows, 1, case["micro"])
     stepper = Stepper(model, optimizer, world, shape, seed=1, exact=False, scale=LossScale(False))

@@ -73,7 +73,7 @@ def measure(case: str, dtype: str, steps: int) -> dict[str, float]:
     config = draft(configuration(case, dtype)).config
     model = LanguageModel(config.model).train()
     model.compute_dtype = None if dtype == "fp32" else DTYPES[dtype]
-    model.checkpoint_every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+    model.checkpoint_every = config.train.checkpoint_every
     optimizer = build_optimizer(model.parameter_table(), config.optim, total_steps=config.total_steps)
     shape = Shape(4, 2, 2)
     stepper = Stepper(model, optimizer, World(), shape, seed=1, exact=True, scale=LossScale(False))

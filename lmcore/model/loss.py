@@ -209,46 +209,8 @@ class _ChunkedHead(torch.autograd.Function):
         each: bool,
         fused: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if fused:
-            return _fused_forward(ctx, x, w, targets, vocab_size, chunk, gradients, each)
-        acc = wide(x.dtype)
-        wc = w.to(x.dtype)
-        total = torch.zeros((), dtype=acc, device=x.device)
-        gx = torch.empty_like(x) if gradients else None
-        gw = torch.zeros(w.shape, dtype=acc, device=w.device) if gradients else None
-        single: list[Tensor] = []
-        # One buffer for the logits of every chunk, turned in place into their gradient: exp is taken once, and no pages
-        # are mapped anew for each chunk (2048 tokens, width 192, 8192 ids, fp32, one thread: 281 ms against 390).
-        buffer = torch.empty(min(chunk, len(x)), w.shape[0], dtype=acc, device=x.device)
-        for xc, tc, gxc in zip(
-            x.split(chunk), targets.split(chunk), gx.split(chunk) if gx is not None else [None] * len(x), strict=False
-        ):
-            z = buffer[: len(xc)]
-            if x.dtype == acc:
-                torch.mm(xc, wc.mT, out=z)
-            else:
-                z.copy_(torch.mm(xc, wc.mT))
-            z[:, vocab_size:] = -torch.inf
-            valid = tc != IGNORE
-            y = tc.where(valid, 0)[:, None]
-            highest = z.amax(-1, keepdim=True)
-            chosen = z.gather(1, y)
-            z.sub_(highest).exp_()  # at most 1
-            sums = z.sum(-1, keepdim=True)
-            losses = (sums.log() + highest - chosen)[:, 0] * valid
-            total += losses.sum()
-            if each:
-                single.append(losses)
-            if gxc is not None and gw is not None:
-                z.mul_(valid[:, None] / sums)
-                z.scatter_add_(1, y, -valid[:, None].to(acc))
-                g = z.to(x.dtype)
-                torch.mm(g, wc, out=gxc)
-                if g.dtype == acc:
-                    gw.addmm_(g.mT, xc)
-                else:
-                    gw += g.mT @ xc
-                del g  # else it lives on beside that of the next chunk
+        way = _fused_chunks if fused else _chunks
+        total, single, gx, gw = way(x, w, targets, vocab_size, chunk, gradients)
         ctx.save_for_backward(gx, None if gw is None else gw.to(w.dtype))
         count = (targets != IGNORE).sum()
         if not each:
@@ -274,10 +236,54 @@ class _ChunkedHead(torch.autograd.Function):
         )
 
 
-def _fused_forward(
-    ctx: Any, x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool, each: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_ChunkedHead.forward` with the arithmetic between the products in a compiled kernel."""
+_Chunks = tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]
+"""Sum of the losses, losses of each chunk (n,), gradient of x and, in fp32 or better, of w (None: not asked)."""
+
+
+def _chunks(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool) -> _Chunks:
+    """Chunk by chunk, operation by operation."""
+    acc = wide(x.dtype)
+    wc = w.to(x.dtype)
+    total = torch.zeros((), dtype=acc, device=x.device)
+    gx = torch.empty_like(x) if gradients else None
+    gw = torch.zeros(w.shape, dtype=acc, device=w.device) if gradients else None
+    single: list[Tensor] = []
+    # One buffer for the logits of every chunk, turned in place into their gradient: exp is taken once, and no pages
+    # are mapped anew for each chunk (2048 tokens, width 192, 8192 ids, fp32, one thread: 281 ms against 390).
+    buffer = torch.empty(min(chunk, len(x)), w.shape[0], dtype=acc, device=x.device)
+    for xc, tc, gxc in zip(
+        x.split(chunk), targets.split(chunk), gx.split(chunk) if gx is not None else [None] * len(x), strict=False
+    ):
+        z = buffer[: len(xc)]
+        if x.dtype == acc:
+            torch.mm(xc, wc.mT, out=z)
+        else:
+            z.copy_(torch.mm(xc, wc.mT))
+        z[:, vocab_size:] = -torch.inf
+        valid = tc != IGNORE
+        y = tc.where(valid, 0)[:, None]
+        highest = z.amax(-1, keepdim=True)
+        chosen = z.gather(1, y)
+        z.sub_(highest).exp_()  # at most 1
+        sums = z.sum(-1, keepdim=True)
+        losses = (sums.log() + highest - chosen)[:, 0] * valid
+        total += losses.sum()
+        single.append(losses)
+        if gxc is not None and gw is not None:
+            z.mul_(valid[:, None] / sums)
+            z.scatter_add_(1, y, -valid[:, None].to(acc))
+            g = z.to(x.dtype)
+            torch.mm(g, wc, out=gxc)
+            if g.dtype == acc:
+                gw.addmm_(g.mT, xc)
+            else:
+                gw += g.mT @ xc
+            del g  # else it lives on beside that of the next chunk
+    return total, single, gx, gw
+
+
+def _fused_chunks(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, chunk: int, gradients: bool) -> _Chunks:
+    """The same with the arithmetic between the products in a compiled kernel."""
     # Inside a graph that is compiled as a whole it is fused with the rest.
     kernel = softmax_gradient if torch.compiler.is_compiling() else _compiled_softmax_gradient()
     acc = wide(x.dtype)
@@ -294,11 +300,4 @@ def _fused_forward(
             gx.append(torch.mm(g, wc))
             gw += torch.mm(g.mT, xc)
         del g  # or it lives until the next chunk has its own
-    ctx.save_for_backward(torch.cat(gx) if gradients else None, None if gw is None else gw.to(w.dtype))
-    count = (targets != IGNORE).sum()
-    if not each:
-        ctx.mark_non_differentiable(count)
-        return total, count, None
-    losses = torch.cat(single)
-    ctx.mark_non_differentiable(count, losses)
-    return total, count, losses
+    return total, single, torch.cat(gx) if gradients else None, gw

@@ -213,6 +213,11 @@ class TrainConfig(Config):
             raise ValueError("steps and tokens both give the length of the run; give one of them")
         return self
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Every how many layers activations are recomputed (LanguageModel.checkpoint_every); 0: none."""
+        return {"none": 0, "selective": 2, "full": 1}[self.activation_checkpointing]
+
     @model_validator(mode="after")
     def _audits_compare_bits(self) -> Self:
         if self.guard.audit_every and self.deterministic is False:

@@ -211,8 +211,7 @@ class _Run:
             self.model.to(self.world.device)
         compute = machine.DTYPES[train.dtype]
         self.model.compute_dtype = None if compute is torch.float32 else compute
-        every = {"none": 0, "selective": 2, "full": 1}[train.activation_checkpointing]
-        self.model.checkpoint_every = every
+        self.model.checkpoint_every = train.checkpoint_every
         self.model.train()
         self._train_flops = plan_model(config.model).train_flops
         self.optimizer = build_optimizer(

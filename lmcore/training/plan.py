@@ -364,7 +364,7 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     per_lane = max(1, config.rows // lanes)
     micro = train.micro_batch
     if micro == "auto":
-        micro = largest_divisor(per_lane, (8_192 if kind == "cpu" else 65_536) // config.model.context_length)
+        micro = usual_rows(per_lane, config.model.context_length, kind)
     assert isinstance(micro, int)
     # A lane of one micro-batch makes its gradients while activations go; else they are there before.
     accumulate = kind != "cpu" or micro < per_lane
@@ -455,6 +455,11 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(1, limit))
 
 
+def usual_rows(per_lane: int, context_length: int, device_type: str) -> int:
+    """Rows of a forward pass when nobody asks for a number: a divisor of those of a lane, some thousand tokens."""
+    return largest_divisor(per_lane, (8_192 if device_type == "cpu" else 65_536) // context_length)
+
+
 def _last_at_once(config: RunConfig, target: Target) -> int:
     """Most rows of which the loss holds all logits at once; with one more it works in chunks."""
     length, ids = config.model.context_length, config.model.padded_vocab
@@ -499,8 +504,6 @@ def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float
 
 def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool) -> PassMemory:
     length, model = config.model.context_length, config.model
-    every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
-
     compiled = target.device_type == "cuda" and config.train.compile is not False
     chunk = chunk_for(rows * length, model.padded_vocab, target.device_type)
 
@@ -511,7 +514,7 @@ def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool) -> Pas
             length=tokens,
             dtype=machine.DTYPES[target.dtype],
             device_type=target.device_type,
-            checkpoint_every=every,
+            checkpoint_every=config.train.checkpoint_every,
             chunk=None if tokens == length else chunk,
             compiled=compiled,
             accumulate=accumulate,

@@ -17,7 +17,7 @@ from lmcore.training import device as machine
 from lmcore.training.compilation import wants_compile
 from lmcore.training.config import RunConfig
 from lmcore.training.lanes import choose_lanes
-from lmcore.training.plan import find_target, largest_divisor, meta_optimizer, plan_memory
+from lmcore.training.plan import find_target, meta_optimizer, plan_memory, usual_rows
 
 
 def resolve(
@@ -86,10 +86,12 @@ def resolve(
 def _rows_of_a_pass(
     config: RunConfig, device: torch.device, per_lane: int, world_size: int, settled: dict[str, Any]
 ) -> int:
-    """A divisor of the rows of a lane: some thousand tokens, on a GPU fewer where the planner says that they do not
-    fit. settled: the settings of `train` that are decided already."""
+    """The usual rows, on a GPU fewer where the planner says that they do not fit.
+
+    settled: the settings of `train` that are decided already.
+    """
     model = config.model
-    micro = largest_divisor(per_lane, (8_192 if device.type == "cpu" else 65_536) // model.context_length)
+    micro = usual_rows(per_lane, model.context_length, device.type)
     if device.type != "cuda" or micro == 1:
         return micro
     activations = 100 * micro * model.context_length * model.d_model * model.num_layers  # three times the usual

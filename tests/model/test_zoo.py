@@ -59,7 +59,7 @@ def test_big_presets_train_in_a_narrow_version(name):
     small = narrow(config.model)
     assert small.layers == config.model.layers
     model = LanguageModel(small).train()
-    model.checkpoint_every = {"none": 0, "selective": 2, "full": 1}[config.train.activation_checkpointing]
+    model.checkpoint_every = config.train.checkpoint_every
     table = model.parameter_table()
     optimizer = build_optimizer(table, config.optim, total_steps=10)
     tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
