@@ -24,15 +24,20 @@ from typing import Any
 VOCABULARY = 50_257
 WIDE = {"model": {"d_model": 1024, "num_layers": 24, "num_heads": 16}}
 SHORT = {"train": {"batch_tokens": 131_072, "activation_checkpointing": "none"}}
+LONG = {"train": {"batch_tokens": 524_288, "activation_checkpointing": "none"}}
 CASES: dict[str, dict[str, Any]] = {
     "124M": {"preset": "gpt2-124m", "micro": 64},
+    "124M, FlashAttention-4": {"preset": "gpt2-124m", "micro": 64, "flash": "fa4"},
     "124M, plain script": {"preset": "gpt2-124m", "micro": 32, "plain": True},
     "124M, AdamW": {"preset": "gpt2-124m", "micro": 64, "change": {"optim": {"optimizer": "adamw"}}},
     "124M, any order of sums": {"preset": "gpt2-124m", "micro": 64, "free": True},
     "124M, eager": {"preset": "gpt2-124m", "micro": 64, "eager": True},
     "350M": {"preset": "gpt2-124m", "micro": 64, "change": {**WIDE, **SHORT}},
+    "350M, FlashAttention-4": {"preset": "gpt2-124m", "micro": 64, "flash": "fa4", "change": {**WIDE, **LONG}},
     "350M, plain script": {"preset": "gpt2-124m", "micro": 32, "plain": True, "change": {**WIDE, **SHORT}},
     "1B": {"preset": "xl", "micro": 16, "change": SHORT},
+    "1B, FlashAttention-4": {"preset": "xl", "micro": 16, "flash": "fa4", "change": LONG},
+    "1B, plain script": {"preset": "xl", "micro": 8, "plain": True, "change": SHORT},
     "1B, recomputing every second": {
         "preset": "xl",
         "micro": 16,
@@ -51,7 +56,7 @@ def measure(case: dict[str, Any], steps: int, parts: bool, planned: bool) -> dic
     from lmcore.config import merge
     from lmcore.model.plan import known_device, measure_peak, plan_model
     from lmcore.training.config import read_preset
-    from lmcore.training.device import device_name, numerics
+    from lmcore.training.device import device_name, flash_attention, numerics
     from lmcore.training.plan import draft, find_target, meta_optimizer, plan_memory
 
     device = torch.device("cuda", 0)
@@ -62,7 +67,10 @@ def measure(case: dict[str, Any], steps: int, parts: bool, planned: bool) -> dic
     plan = plan_model(config.model)
     peak = known_device(name)
     times, split = [], []
-    with numerics(deterministic=not (case.get("free") or case.get("plain")), tf32=False, threads=None):
+    with (
+        numerics(deterministic=not (case.get("free") or case.get("plain")), tf32=False, threads=None),
+        flash_attention(case.get("flash", "torch"), device, config.model.head_dim),
+    ):
         began = time.perf_counter()
         step = plain(config, case["micro"]) if case.get("plain") else ours(config, case)
         step()

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmcore.model.config import ModelConfig
+from lmcore.model.kernels import flash_attention, has_flash_attention, has_norm_rotate, norm_rotate
 from lmcore.model.layers import Linear, RMSNorm, by_hand, inverse_rms, normalized_gradient, wide
 from lmcore.model.rotary import Positions, rotate, turn
 from lmcore.model.state import MixerState
@@ -161,10 +162,16 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (B, H, T, K), k and v (B, G, T, K), gate (B, T, gate rows): normalised and rotated."""
-        qk, v, gate = self.qkv(x).split(self.sizes, -1)
-        qk = qk.unflatten(-1, (self.heads + self.kv_heads, self.head_dim))  # one norm and one rotation for both
+        rows = self.qkv(x)
+        gains = None
         if self.q_norm is not None and self.k_norm is not None:
             gains = torch.cat([self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)])
+            if has_norm_rotate(rows, self.head_dim):
+                heads = self.heads, self.kv_heads
+                return norm_rotate(rows, gains.float(), positions.cos, positions.sin, self.eps, heads)
+        qk, v, gate = rows.split(self.sizes, -1)
+        qk = qk.unflatten(-1, (self.heads + self.kv_heads, self.head_dim))  # one norm and one rotation for both
+        if gains is not None:
             gains = gains.to(qk.dtype)
             if by_hand(qk):
                 qk = _NormRotate.apply(qk, gains, positions.cos, positions.sin, self.eps)  # type: ignore[no-untyped-call]
@@ -232,6 +239,10 @@ class Attention(nn.Module):
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
         grouped = self.heads != self.kv_heads
+        if causal and has_flash_attention(q):
+            return flash_attention(q, k, v)
+        if q.is_cuda:
+            q, k, v = (_aligned(t) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
     # ------------------------------------------------------------------ with a cache
@@ -282,6 +293,13 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         y: Tensor = scores.softmax(-1).to(v.dtype) @ v
         return y.flatten(1, 2)[:, :, None]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows that begin at multiples of 16 bytes, as cuDNN's attention expects without looking: v beside a gate of
+    one number per head is else read wrongly in bf16."""
+    fits = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return x if fits else x.contiguous()
 
 
 class _NormRotate(torch.autograd.Function):

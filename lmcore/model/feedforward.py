@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmcore.model.kernels import has_kernels, swiglu_down
 from lmcore.model.layers import Linear
 
 
@@ -23,5 +24,8 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(d_ff, d_model, scale=residual_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w13(x).chunk(2, -1)
+        both = self.w13(x)
+        if has_kernels(both):
+            return swiglu_down(both, self.w2.weight.to(both.dtype))
+        a, b = both.chunk(2, -1)
         return self.w2(F.silu(a) * b)  # type: ignore[no-any-return]

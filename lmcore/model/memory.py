@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmcore.model import layers, loss, routing
+from lmcore.model import kernels, layers, loss, routing
 from lmcore.model.block import Block
 from lmcore.model.config import ModelConfig
 from lmcore.model.loss import chunk_for, head_cross_entropy
@@ -85,7 +85,7 @@ def trace_pass(
         model.checkpoint_every = checkpoint_every
         if compiled:
             _compile_blocks(model, storages)
-            loss._compiled_softmax_gradient = lambda: _fused_softmax(storages)  # type: ignore[assignment]
+            loss.softmax_gradient_ = _softmax_gradient
 
         def head_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             size = chunk_for(targets.numel(), config.padded_vocab, device_type) if chunk is None else chunk
@@ -113,16 +113,20 @@ def trace_pass(
 @contextlib.contextmanager
 def _as_on(device_type: str, compiled: bool) -> Iterator[None]:
     """The code paths of a device type on fake tensors, which lie on the CPU; everything is put back."""
-    before = routing.grouped_linear, loss._compiled_softmax_gradient, set(layers.BY_HAND)
+    before = routing.grouped_linear, loss.softmax_gradient_, loss.add_product, set(layers.BY_HAND)
     routing.grouped_linear = _grouped_linear
     if device_type != "cpu":
         layers.BY_HAND.discard("cpu")
+    if device_type == "cuda":
+        kernels.DEVICES.add("cpu")
+        loss.add_product = lambda total, a, b: None
     try:
         with contextlib.nullcontext() if device_type == "cpu" or compiled else _one_kernel_norm():
             yield
     finally:
-        routing.grouped_linear, loss._compiled_softmax_gradient = before[:2]
-        layers.BY_HAND.update(before[2])
+        routing.grouped_linear, loss.softmax_gradient_, loss.add_product = before[:3]
+        layers.BY_HAND.update(before[3])
+        kernels.DEVICES.discard("cpu")
 
 
 @contextlib.contextmanager
@@ -150,6 +154,8 @@ _KERNELS = (
     "sort",
     "index_put",
     "scatter",
+    "norm_rotate",
+    "swiglu",
 )
 """Parts of the names of operations that are kernels of their own; all others are fused with their neighbours."""
 _VIEWS = frozenset(
@@ -206,16 +212,9 @@ def _with_parameters(function: Callable[..., Tensor], block: Block) -> Callable[
     return forward
 
 
-def _fused_softmax(storages: _Storages) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def kernel(z: Tensor, targets: Tensor, vocab_size: int, gradients: bool) -> tuple[Tensor, Tensor | None]:
-        with storages.ignoring(True):
-            losses, g = loss.softmax_gradient(z, targets, vocab_size, gradients)
-        storages.add(losses)
-        if g is not None:
-            storages.add(g)
-        return losses, g
-
-    return kernel
+def _softmax_gradient(z: Tensor, targets: Tensor, vocab_size: int, gradients: bool) -> tuple[Tensor, Tensor | None]:
+    """Stands in for the kernel that writes the gradient over the logits."""
+    return z.new_empty(len(z), dtype=torch.float32), z if gradients else None
 
 
 def _real(graph: torch.fx.Graph) -> set[torch.fx.Node]:

@@ -180,6 +180,9 @@ class TrainConfig(Config):
     """Let fp32 matrix products use TF32 on GPUs that have it."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: on CUDA; on a CPU when the run is long enough to win back the time it takes."""
+    flash_attention: Literal["torch", "fa4"] = "torch"
+    """Kernels of attention on CUDA: those of torch, or FlashAttention-4 (`pip install flash-attn-4`, Hopper and
+    Blackwell), which is faster where sums have a fixed order (deterministic)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them: less memory, more time, the same numbers."""
     reduce: Literal["auto", "exact", "fast"] = "auto"

@@ -11,11 +11,13 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from lmcore.errors import LmError
+from lmcore.model import kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -92,6 +94,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **({"flash_attention": version("flash-attn-4")} if kernels.FLASH_ATTENTION else {}),
     }
 
 
@@ -99,7 +102,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterator[None]:
     """Set torch's process-wide switches for a run and put them back afterwards.
 
-    LmError (2) when an operation has no deterministic form on this device.
+    LmError (2) when an operation has no deterministic form on this device, or a package refuses to compute on it.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -117,6 +120,8 @@ def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterato
     try:
         yield
     except RuntimeError as error:
+        if "incorrect results" in str(error):  # fla, of versions of Triton whose code it knows to be wrong
+            raise LmError(str(error), hint="Without its kernels: --set model.mamba.kernels=torch") from error
         if "does not have a deterministic implementation" not in str(error):
             raise
         raise LmError(
@@ -128,6 +133,31 @@ def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterato
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision(before[2])
         torch.set_num_threads(before[3])
+
+
+@contextlib.contextmanager
+def flash_attention(which: str, device: torch.device, head_dim: int) -> Iterator[None]:
+    """Whose kernels attention has on a CUDA device meanwhile: those of "torch", or "fa4", FlashAttention-4.
+
+    LmError (2) when the package is not there or does not know this device or heads of this size.
+    """
+    if which == "torch" or device.type != "cuda":
+        yield
+        return
+    try:
+        x = torch.zeros(1, 1, 128, head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        kernels.flash_attention(x, x, x).sum().backward()
+    except Exception as error:  # it compiles on first use, and may fail in any of its parts
+        reason = str(error).strip().partition("\n")[0]
+        raise LmError(
+            f"train.flash_attention=fa4 does not work here: {type(error).__name__}: {reason}",
+            hint="It needs flash-attn-4 and a Hopper or Blackwell GPU. train.flash_attention=torch works everywhere.",
+        ) from error
+    kernels.FLASH_ATTENTION = True
+    try:
+        yield
+    finally:
+        kernels.FLASH_ATTENTION = False
 
 
 def peak_memory(device: torch.device) -> int:

@@ -95,6 +95,8 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
                 threads=config.train.threads,
             )
         )
+        kernels = machine.flash_attention(config.train.flash_attention, world.device, config.model.head_dim)
+        stack.enter_context(kernels)
         run = stack.enter_context(rundir.opened(launch.run_dir, lock=world.main))
         world.barrier()
         with out_of_memory(config):

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmcore.model import loss as loss_module
 from lmcore.model.loss import IGNORE, Losses, Term, cross_entropy, head_cross_entropy, head_cross_entropy_each
 
 
@@ -42,9 +41,8 @@ def test_cross_entropy_survives_enormous_logits_and_low_precision():
 
 @pytest.mark.parametrize("chunk", [1, 8, 37, 64])
 @pytest.mark.parametrize("fused", [False, True])
-def test_chunks_change_nothing(chunk, fused, monkeypatch):
-    """fused: the operations that a GPU's compiler gets, here without the compiler."""
-    monkeypatch.setattr(loss_module, "_compiled_softmax_gradient", lambda: loss_module.softmax_gradient)
+def test_chunks_change_nothing(chunk, fused):
+    """fused: the operations that a compiler gets, here without it."""
     hidden, weight, targets, vocab = problem()
     whole, count = head_cross_entropy(hidden, weight, targets, vocab, chunk=0)
     parts, parts_count = head_cross_entropy(hidden, weight, targets, vocab, chunk=chunk, fused=fused)
@@ -64,8 +62,7 @@ def test_chunked_gradient_is_the_numerical_one():
 
 
 @pytest.mark.parametrize(("chunk", "fused"), [(0, False), (8, False), (8, True)])
-def test_padding_rows_have_no_probability_and_no_gradient(chunk, fused, monkeypatch):
-    monkeypatch.setattr(loss_module, "_compiled_softmax_gradient", lambda: loss_module.softmax_gradient)
+def test_padding_rows_have_no_probability_and_no_gradient(chunk, fused):
     hidden, weight, targets, vocab = problem()
     with torch.no_grad():
         weight[vocab:] = 100.0  # would win every softmax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -181,6 +182,17 @@ def test_kernels_are_called_as_their_packages_document(function, started, monkey
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
+@contextlib.contextmanager
+def the_package_may_refuse():
+    """fla refuses versions of Triton whose code it knows to be wrong on the GPU at hand."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "incorrect results" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and the package of the kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -203,7 +215,8 @@ def test_kernels_equal_the_scan_in_torch(kernels, groups, dtype):
     )
     again = chunked_scan(exact[0] * exact[1][..., None], exact[1] * a.double(), *exact[2:], 64, end)
     torch.testing.assert_close(more[0].double(), again[0], **gate)
-    y.float().square().sum().backward()
+    with the_package_may_refuse():
+        y.float().square().sum().backward()
     truth.square().sum().backward()
     for ours, theirs in zip(inputs, exact, strict=True):
         scale = theirs.grad.abs().max()

@@ -8,6 +8,7 @@ import torch
 
 from lmcore.config import build, merge
 from lmcore.errors import LmError
+from lmcore.model import kernels
 from lmcore.model.plan import plan_model
 from lmcore.training.config import (
     DataConfig,
@@ -22,7 +23,7 @@ from lmcore.training.config import (
     read_run_config,
     settled,
 )
-from lmcore.training.device import numerics
+from lmcore.training.device import flash_attention, numerics
 
 SMALL = {"model": {"d_model": 64, "num_layers": 2, "num_heads": 2, "context_length": 128}}
 
@@ -173,3 +174,16 @@ def test_an_operation_without_a_deterministic_form_is_answered_with_the_way_out(
             torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))
     assert "--set train.deterministic=false" in caught.value.hint
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_kernels_that_cannot_be_had_are_answered_and_on_a_cpu_not_asked_for():
+    with pytest.raises(LmError, match="flash_attention=fa4 does not work here") as caught:
+        with flash_attention("fa4", torch.device("cuda", 99), 64):
+            pass
+    assert "flash_attention=torch" in caught.value.hint
+    with flash_attention("fa4", torch.device("cpu"), 64):
+        assert not kernels.FLASH_ATTENTION
+    with pytest.raises(LmError, match="incorrect results") as caught:
+        with numerics(deterministic=False, tf32=False, threads=None):
+            raise RuntimeError("Triton >= 3.4.0 on Hopper GPUs produces incorrect results")
+    assert "mamba.kernels=torch" in caught.value.hint

@@ -31,6 +31,14 @@ CASES = {
     "recomputed": ("train.activation_checkpointing=full", "model.dropout=0.1"),
     "experts": ("model.ffn=e", "model.moe.num_experts=4", "train.dtype=bf16"),
     "Mamba, windows, resonance": ("model.pattern=MWF", "model.num_layers=3", "model.window=8", "train.dtype=bf16"),
+    "FlashAttention-4, compiled": (
+        "train.flash_attention=fa4",
+        "train.dtype=bf16",
+        "train.compile=true",
+        "model.d_model=128",
+        "model.context_length=512",
+        "train.batch_tokens=4096",
+    ),
     "background": ("train.checkpoint.background=true",),
     # Large enough for the fused kernels of attention, whose fastest backward pass sums in an order of its own.
     "heads of 64": ("train.dtype=bf16", "model.d_model=128", "model.context_length=512", "train.batch_tokens=4096"),
@@ -39,6 +47,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_crash_changes_no_bit(lab, case):
+    if "FlashAttention-4" in case:
+        pytest.importorskip("flash_attn.cute")
     settings = ("train.steps=7", "train.checkpoint.every_steps=2", "train.eval.every_steps=3", *CUDA, *CASES[case])
     watch = Watch()
     lab.run("whole", *settings, watch=watch)
