@@ -14,14 +14,15 @@ The kernels are operators of torch (`torch.ops.lmshards`), opaque to its compile
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEVICES = {"cuda"}
-"""Device types that have these kernels."""
+DEVICES = {"cuda"} if find_spec("triton") else set[str]()
+"""Device types that have these kernels. Triton comes with torch for CUDA, but not on Windows."""
 FLASH_ATTENTION = False
 """Whether FlashAttention-4 is to be used; set by `lmcore.training.device.flash_attention`."""
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmcore.model.kernels import has_kernels
 from lmcore.model.layers import wide
 
 IGNORE = -100
@@ -190,7 +191,7 @@ def softmax_gradient(z: Tensor, targets: Tensor, vocab_size: int, gradients: boo
 
 def softmax_gradient_(z: Tensor, targets: Tensor, vocab_size: int, gradients: bool) -> tuple[Tensor, Tensor | None]:
     """The same, on a CUDA device in one kernel that writes the gradient over the logits."""
-    if not z.is_cuda or z.dtype == torch.float64:
+    if not has_kernels(z):
         return softmax_gradient(z, targets, vocab_size, gradients)
     from lmcore.model.triton_kernels import softmax_gradient_ as kernel
 
