@@ -100,13 +100,30 @@ def softmax_gradient_(z: Tensor, targets: Tensor, vocab_size: int, gradients: bo
 
 
 @triton.jit
+def _read(at, live):
+    return tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _angles(cos, sin, token, live, steps, stride, half: tl.constexpr):
     """(tokens, K/2) of both tables; stride: of the rows of a batch, 0 where all share one."""
-    lane = tl.arange(0, half)
-    at = ((token // steps) * stride + (token % steps) * half)[:, None] + lane[None, :]
-    c = tl.load(cos + at, mask=live[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + at, mask=live[:, None], other=0.0).to(tl.float32)
-    return c, s
+    at = ((token // steps) * stride + (token % steps) * half)[:, None] + tl.arange(0, half)[None, :]
+    return _read(cos + at, live), _read(sin + at, live)
+
+
+@triton.jit
+def _normalized(at, live, eps, half: tl.constexpr):
+    """Both halves of a head at `at`, divided by the root of its mean square, and one over that root."""
+    u = _read(at, live)
+    v = _read(at + half, live)
+    inverse = tl.rsqrt(tl.sum(u * u + v * v, 1) / (2 * half) + eps)[:, None]
+    return u * inverse, v * inverse, inverse
+
+
+@triton.jit
+def _gain(gains, head, half: tl.constexpr):
+    at = gains + head * 2 * half + tl.arange(0, half)
+    return tl.load(at)[None, :], tl.load(at + half)[None, :]
 
 
 @triton.jit
@@ -133,13 +150,10 @@ def _norm_rotate(
     live = token < tokens
     lane = tl.arange(0, half)
     at = x + (token.to(tl.int64) * width + head * 2 * half)[:, None] + lane[None, :]
-    u = tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
-    v = tl.load(at + half, mask=live[:, None], other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(u * u + v * v, 1) / (2 * half) + eps)[:, None]
-    gain_u = tl.load(gains + head * 2 * half + lane)[None, :]
-    gain_v = tl.load(gains + head * 2 * half + half + lane)[None, :]
-    u = u * inverse * gain_u
-    v = v * inverse * gain_v
+    u, v, _ = _normalized(at, live, eps, half)
+    gain_u, gain_v = _gain(gains, head, half)
+    u = u * gain_u
+    v = v * gain_v
     c, s = _angles(cos, sin, token, live, steps, angle_stride, half)
     if head < query_heads:
         to = q + (token.to(tl.int64) * query_heads + head)[:, None] * 2 * half + lane[None, :]
@@ -192,28 +206,25 @@ def _norm_rotate_back(
         source = gk + (b * gk_b + t * gk_t + (head - query_heads) * gk_h)[:, None] + lane[None, :]
     else:
         source = gv + (b * gv_b + t * gv_t + (head - query_heads - kv_heads) * gv_h)[:, None] + lane[None, :]
-    gu = tl.load(source, mask=live[:, None], other=0.0).to(tl.float32)
-    gw = tl.load(source + half, mask=live[:, None], other=0.0).to(tl.float32)
+    g_u = _read(source, live)
+    g_v = _read(source + half, live)
     place = (token.to(tl.int64) * width + head * 2 * half)[:, None] + lane[None, :]
     if head < query_heads + kv_heads:
         c, s = _angles(cos, sin, token, live, steps, angle_stride, half)
-        ru = gu * c + gw * s  # rotated back
-        rv = gw * c - gu * s
-        u = tl.load(x + place, mask=live[:, None], other=0.0).to(tl.float32)
-        v = tl.load(x + place + half, mask=live[:, None], other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(u * u + v * v, 1) / (2 * half) + eps)[:, None]
-        u = u * inverse
-        v = v * inverse
+        ru = g_u * c + g_v * s  # rotated back
+        rv = g_v * c - g_u * s
+        u, v, inverse = _normalized(x + place, live, eps, half)
         part = gain_parts + (tl.program_id(0) * (query_heads + kv_heads) + head) * 2 * half + lane
         tl.store(part, tl.sum(ru * u, 0))
         tl.store(part + half, tl.sum(rv * v, 0))
-        ru = ru * tl.load(gains + head * 2 * half + lane)[None, :]
-        rv = rv * tl.load(gains + head * 2 * half + half + lane)[None, :]
+        gain_u, gain_v = _gain(gains, head, half)
+        ru = ru * gain_u
+        rv = rv * gain_v
         mean = (tl.sum(ru * u + rv * v, 1) / (2 * half))[:, None]
-        gu = (ru - u * mean) * inverse
-        gw = (rv - v * mean) * inverse
-    tl.store(out + place, gu.to(out.dtype.element_ty), mask=live[:, None])
-    tl.store(out + place + half, gw.to(out.dtype.element_ty), mask=live[:, None])
+        g_u = (ru - u * mean) * inverse
+        g_v = (rv - v * mean) * inverse
+    tl.store(out + place, g_u.to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(out + place + half, g_v.to(out.dtype.element_ty), mask=live[:, None])
 
 
 def norm_rotate(

@@ -94,8 +94,18 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        **({"flash_attention": version("flash-attn-4")} if kernels.FLASH_ATTENTION else {}),
-    }
+    } | _kernel_versions(device)
+
+
+def _kernel_versions(device: torch.device) -> dict[str, str]:
+    found = {}
+    if device.type in kernels.DEVICES:
+        import triton
+
+        found["triton"] = triton.__version__
+    if kernels.FLASH_ATTENTION:
+        found["flash_attention"] = version("flash-attn-4")
+    return found
 
 
 @contextlib.contextmanager

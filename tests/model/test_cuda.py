@@ -75,6 +75,18 @@ def test_a_gradient_in_low_precision_points_where_the_true_one_does(kind, dtype,
     assert (error / size) ** 0.5 < close
 
 
+def assert_close_with_gradients(outputs, inputs, modules, close):
+    """Outputs, and gradients of inputs and parameters: each a pair of ours on the device and the exact one."""
+    found, expected = outputs
+    upstream = torch.randn(expected.shape).to(found.dtype)
+    expected.backward(upstream.double())
+    found.backward(upstream.cuda())
+    pairs = [outputs, [t.grad for t in inputs]]
+    pairs += [(p.grad, q.grad) for p, q in zip(*(m.parameters() for m in modules), strict=True)]
+    for ours, theirs in pairs:
+        assert (ours.detach().cpu().double() - theirs).norm() < close * theirs.norm()
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("gate", ["none", "headwise", "elementwise"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -95,13 +107,7 @@ def test_the_kernel_for_qk_norm_and_rotation_equals_float64(dtype, close, gate, 
     assert has_norm_rotate(inputs[1], 32)
     run = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
     expected, found = exact(inputs[0], turns[0])[0], run(inputs[1], turns[1])[0]
-    upstream = torch.randn(expected.shape).to(dtype)
-    expected.backward(upstream.double())
-    found.backward(upstream.cuda())
-    pairs = [(found, expected), (inputs[1].grad, inputs[0].grad)]
-    pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters(), strict=True)]
-    for ours, theirs in pairs:
-        assert (ours.detach().cpu().double() - theirs).norm() < close * theirs.norm()
+    assert_close_with_gradients((found, expected), inputs[::-1], (layer, exact), close)
 
 
 @pytest.mark.parametrize(("steps", "size", "kv"), [(77, 64, 2), (512, 64, 4), (300, 128, 1)])
@@ -141,13 +147,7 @@ def test_the_kernels_of_the_feed_forward_equal_float64(dtype, close, compiled):
     inputs = [x.double().requires_grad_(), x.cuda().requires_grad_()]
     run = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
     expected, found = exact(inputs[0]), run(inputs[1])
-    upstream = torch.randn(expected.shape).to(dtype)
-    expected.backward(upstream.double())
-    found.backward(upstream.cuda())
-    pairs = [(found, expected), (inputs[1].grad, inputs[0].grad)]
-    pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters(), strict=True)]
-    for ours, theirs in pairs:
-        assert (ours.detach().cpu().double() - theirs).norm() < close * theirs.norm()
+    assert_close_with_gradients((found, expected), inputs[::-1], (layer, exact), close)
 
 
 @pytest.mark.parametrize("vocab", [1000, 50_257])
