@@ -275,7 +275,8 @@ def test_lengths_in_tokens_hours_and_by_size():
     assert plan_run(free, GPU).tokens_per_parameter == pytest.approx(12, rel=0.1)
 
 
-def test_vocabulary_is_given_or_assumed_and_said():
+def test_vocabulary_is_given_or_assumed_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no data lie
     without = draft({"model": {k: v for k, v in MODEL.items() if k != "vocab_size"}, "train": TRAIN})
     assert without.config.model.vocab_size == 50_257
     assert any("the vocabulary is assumed" in note for note in without.notes)
