@@ -87,6 +87,18 @@ SYNONYMS: dict[str, str] = {
     "intermediate_size": "d_ff",
     "n_experts": "num_experts",
     "moe_top_k": "top_k",
+    "dim": "d_model",
+    "n_kv_heads": "num_kv_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "batch_size": "micro_batch",
+    "per_device_train_batch_size": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch",
+    "global_batch_size": "batch_tokens",
+    "grad_clip": "clip",
+    "max_grad_norm": "clip",
+    "wd": "weight_decay",
+    "min_lr": "final_fraction",
+    "lr_scheduler_type": "schedule",
     "max_iters": "steps",
     "max_steps": "steps",
     "total_tokens": "tokens",
@@ -95,6 +107,19 @@ SYNONYMS: dict[str, str] = {
     "save_total_limit": "keep",
 }
 """What people of other trainers type -> our leaf name; used only to suggest, never to accept silently."""
+_SAME_WORD = {
+    "val": "eval",
+    "validate": "eval",
+    "validation": "eval",
+    "save": "checkpoint",
+    "ckpt": "checkpoint",
+    "logging": "log",
+    "interval": "every",
+    "freq": "every",
+    "frequency": "every",
+    "iters": "steps",
+    "iterations": "steps",
+}
 
 C = TypeVar("C", bound=BaseModel)
 _MOST_ERRORS, _LONGEST_VALUE = 20, 120
@@ -299,16 +324,25 @@ def _suggest(model: type[BaseModel], name: str) -> str:
     by_leaf: dict[str, list[str]] = {}
     for known in names:
         by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
-    siblings = [n for n in names if n.rpartition(".")[0] == section]
+    # A section is a name too: `evl:` under train.
+    places = dict.fromkeys([*names, *(known.rpartition(".")[0] for known in names), *model.model_fields])
+    siblings = {known.rpartition(".")[2]: known for known in places if known.rpartition(".")[0] == section}
+    # Leaves are compared, for what a section has in common with itself says nothing; but two letters are too few.
     candidates = (
         by_leaf.get(leaf)
         or by_leaf.get(SYNONYMS.get(leaf, ""))
-        or difflib.get_close_matches(name, siblings, 1, 0.6)
-        or difflib.get_close_matches(name, names, 1, 0.6)
+        or [siblings[near] for near in difflib.get_close_matches(leaf, siblings, 1, 0.75)]
+        or sorted((known for known in names if _words(leaf) <= _words(known)), key=lambda known: len(_words(known)))
         or by_leaf.get(next(iter(difflib.get_close_matches(leaf, by_leaf, 1, 0.7)), ""))
-        or difflib.get_close_matches(name, list(model.model_fields), 1, 0.6)
+        or [siblings[near] for near in difflib.get_close_matches(leaf, siblings, 1, 0.6)]
+        or difflib.get_close_matches(name, siblings.values(), 1, 0.85)
     )
     return f" Did you mean {candidates[0]}?" if candidates else ""
+
+
+def _words(name: str) -> set[str]:
+    """log_every and train.log.every_steps have their words in common, whatever stands between them."""
+    return {_SAME_WORD.get(word, word) for word in re.split(r"[._]", name)}
 
 
 def _line_numbers(path: str) -> dict[tuple[str, ...], int]:

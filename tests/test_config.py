@@ -1,5 +1,7 @@
 """YAML 1.2 scalars, layers, overrides, and errors that name file, line, key and the nearest real key."""
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from lmcore.config import (
     read_yaml,
 )
 from lmcore.errors import Exit, LmError
+from lmcore.training.config import RunConfig
 
 
 class Optim(Config):
@@ -163,6 +166,28 @@ def test_names_of_other_trainers_are_answered_with_ours():
             with pytest.raises(LmError) as caught:
                 build(Run, parse_overrides([f"{key}=1"]))
             assert f"Did you mean {full}?" in caught.value.message, key
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("train.log_every", "train.log.every_steps"),
+        ("train.validate_every", "train.eval.every_steps"),
+        ("train.save_interval", "train.checkpoint.every_steps"),
+        ("train.evl", "train.eval"),
+        ("modle", "model"),
+        ("lr", "optim.lr"),
+    ],
+)
+def test_words_and_sections_are_recognised_where_a_name_is_cut_otherwise(theirs, ours):
+    with pytest.raises(LmError, match=re.escape(f"Did you mean {ours}?")):
+        build(RunConfig, parse_overrides([f"{theirs}=1"]))
+
+
+def test_a_name_like_none_of_ours_gets_no_suggestion():
+    with pytest.raises(LmError) as caught:
+        build(RunConfig, parse_overrides(["train.qqq=1"]))
+    assert "Did you mean" not in caught.value.message
 
 
 @pytest.mark.parametrize(
