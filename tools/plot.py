@@ -177,6 +177,7 @@ def draw(series: dict[str, Series], out: Path, *, by: str, smooth: float) -> Non
         raise LmError("drawing needs matplotlib.", hint="Install it with: pip install 'lmshards[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2).flat
@@ -191,6 +192,8 @@ def draw(series: dict[str, Series], out: Path, *, by: str, smooth: float) -> Non
         unit = {"step": "step", "tokens": "tokens", "time": "minutes"}[by]
         ax.set(title=title + (" (bits per byte)" if key == "val" else ""), xlabel=unit)
         ax.grid(alpha=0.3)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=by != "time"))
+        ax.ticklabel_format(axis="y", useOffset=False)
     next(iter(figure.axes)).legend(fontsize="small")
     buffer = io.BytesIO()
     metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}  # the same curves give the same bytes

@@ -15,7 +15,7 @@ are written after them, and in run.jsonl.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def prepare(
         changed = [d for d in differences(original, repeated) if d[2] != "auto" and not _same_data(d)]
         refused = [d for d in changed if d[3] != "free"]
         if refused:
-            raise _other_settings(run_dir, refused)
+            raise _other_settings(run_dir, refused, typed=_leaves(typed))
         wanted = _nested({key: after for key, _, after, _ in changed})
     after = _apply(current, merge(wanted, overrides))
     named = set(_leaves(overrides))
@@ -351,11 +351,14 @@ def _leaves(nested: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def _other_settings(run_dir: Path, rows: list[tuple[str, Any, Any, Any]]) -> LmError:
-    return LmError(
-        f"{run_dir} holds a run with other settings:\n{_table(rows)}",
-        hint="Continue that run with --resume, or train this one elsewhere with --out.",
-    )
+def _other_settings(run_dir: Path, rows: list[tuple[str, Any, Any, Any]], typed: Collection[str] = ()) -> LmError:
+    hint = "Continue that run with --resume, or train this one elsewhere with --out."
+    if all(kind == "schedule" for *_, kind in rows):
+        # What was typed, without what follows from it.
+        asked = [row for row in rows if row[0] in typed] or rows
+        wanted = " ".join(f"--override {key}={after}" for key, _, after, _ in asked)
+        hint = f"Change that run with: lm train --resume {run_dir} {wanted}; or train this one elsewhere with --out."
+    return LmError(f"{run_dir} holds a run with other settings:\n{_table(rows)}", hint=hint)
 
 
 def _table(rows: list[tuple[str, Any, Any, Any]]) -> str:

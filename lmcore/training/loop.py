@@ -271,6 +271,8 @@ class _Run:
             )
         for note in self.launch.notes:
             self.observer.note(note)
+        for key, was, value in self.launch.changes:
+            self.observer.note(f"changed from here on: {key} was {was}, is {value}")
         if not isinstance(self.data.samples, TextStream):
             for sentence in self.data.samples.warnings(self.total * self.shape.rows):
                 self.observer.warn(sentence)

@@ -45,11 +45,21 @@ def test_a_command_without_the_data_of_the_run_points_to_resume(lab):
     assert caught.value.hint == f"Continue it as it is with: lm train --resume {lab.root / 'run'}"
 
 
+def test_the_same_command_with_another_schedule_is_shown_how_to_change_the_run(lab):
+    stopped(lab, "run")
+    with pytest.raises(LmError) as caught:
+        lab.run("run", "train.steps=24")
+    # The warm-up follows from the length and differs too; only what was typed is offered.
+    assert "train.steps" in caught.value.message
+    assert f"lm train --resume {lab.root / 'run'} --override train.steps=24;" in caught.value.hint
+
+
 def test_free_settings_may_change(lab):
     lab.run("whole")
     stopped(lab, "run")
     watch = Watch()
     lab.run("run", "train.log.every_steps=3", "train.checkpoint.keep=5", watch=watch)
+    assert "changed from here on: train.checkpoint.keep was 2, is 5" in watch.said
     assert hashes(lab.root / "run") == hashes(lab.root / "whole")
     events = rundir.RunDirectory(lab.root / "run").events()
     changed = {c["setting"] for c in events[1]["changes"]}
