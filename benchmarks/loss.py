@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ def measure(mode: str, dtype_name: str, tokens: int, width: int, vocab: int, dev
     import torch.nn.functional as F
 
     from lmcore.model.loss import head_cross_entropy
+    from lmcore.training.device import peak_memory
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -46,28 +46,23 @@ def measure(mode: str, dtype_name: str, tokens: int, width: int, vocab: int, dev
     def everything(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(x, w).float(), y, reduction="sum")
 
-    def memory() -> int:
-        if device == "cuda":
-            return torch.cuda.max_memory_allocated() // 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
     def now() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
         return time.process_time()
 
-    before = memory()
+    before = peak_memory(torch.device(device))
     total = loss()
     total.backward()
-    peak = memory()
+    peak = peak_memory(torch.device(device))
     with torch.no_grad():
         truth = head_cross_entropy(hidden.double(), weight.double(), targets, vocab, chunk=256)[0]
     began, turns = now(), 1 if device == "cpu" else 10
     for _ in range(turns):
         loss().backward()
     seconds = (now() - began) / turns
-    return {"seconds": seconds, "mb": (peak - before) / 1024, "error": abs(total.item() - truth.item()) / tokens}
+    return {"seconds": seconds, "mb": (peak - before) / 2**20, "error": abs(total.item() - truth.item()) / tokens}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def measure(case: str, dtype: str, steps: int) -> dict[str, float]:
     from lmcore.model.model import LanguageModel
     from lmcore.optim.optimizer import build_optimizer
     from lmcore.training.batches import MicroBatch, Shape, StepBatch
-    from lmcore.training.device import DTYPES, numerics
+    from lmcore.training.device import DTYPES, numerics, peak_memory
     from lmcore.training.guards import LossScale
     from lmcore.training.parallel import World
     from lmcore.training.plan import Target, draft, meta_optimizer, plan_memory
@@ -86,15 +86,10 @@ def measure(case: str, dtype: str, steps: int) -> dict[str, float]:
             micro = tuple(MicroBatch(lane, True, 0, x[2 * lane :][:2], y[2 * lane :][:2]) for lane in range(2))
             stepper.gradients(StepBatch(step, 0, micro, 0.0))
             stepper.update(step, config.optim.clip)
-    measured = _status("VmHWM")
+    measured = peak_memory(torch.device("cpu"))
     target = Target("cpu", "cpu", dtype, 1e11, 1 << 40, "")
     plan = plan_memory(config, target, meta_optimizer(config)[0])
     return {"measured": measured, "planned": plan.total, **{f"plan {k}": v for k, v in plan.parts.items()}}
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
 def main() -> None:

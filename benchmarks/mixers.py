@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def measure(
     from lmcore.model.config import ModelConfig
     from lmcore.model.model import LanguageModel
     from lmcore.training.config import RunConfig, TrainConfig
-    from lmcore.training.device import DTYPES
+    from lmcore.training.device import DTYPES, peak_memory
     from lmcore.training.plan import Target, meta_optimizer, plan_memory
 
     config = ModelConfig(
@@ -53,20 +52,20 @@ def measure(
     model.checkpoint_every = int(recompute)
     tokens = torch.randint(0, 256, (1, length + 1))
     model.loss(tokens[:, :64], tokens[:, 1:65]).objective().backward()  # libraries load what they need, gradients exist
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(torch.device("cpu"))
     times = []
     for _ in range(repeats + (repeats > 1)):
         began = time.process_time()
         model.loss(tokens[:, :-1], tokens[:, 1:]).objective().backward()
         times.append(time.process_time() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory(torch.device("cpu"))
     train = TrainConfig(steps=1, batch_tokens=length, activation_checkpointing="full" if recompute else "none")
     run = RunConfig(model=config, train=train)
     parts = plan_memory(run, Target("cpu", "cpu", dtype, None, None, ""), meta_optimizer(run)[0]).parts
     planned = sum(parts.get(name, 0) for name in ("activations", "temporary", "allocator"))
     return {
         "seconds": statistics.median(times[repeats > 1 :]),
-        "mb": (peak - before) / 1024,
+        "mb": (peak - before) / 2**20,
         "planned_mb": planned / 2**20,
     }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -57,8 +58,13 @@ _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)", re.
 def parse_count(value: Any) -> Any:
     """'10B' -> 10_000_000_000, '1.5M' -> 1_500_000, '32k' -> 32_000. Other values pass through unchanged."""
     if isinstance(value, str) and (match := _COUNT.fullmatch(value.strip())):
-        number = float(match[1].replace("_", "")) * _SUFFIXES.get(match[2].lower(), 1)
-        if number != int(number):
+        try:
+            number = Decimal(match[1].replace("_", "")) * _SUFFIXES.get(match[2].lower(), 1)
+        except ArithmeticError:  # an exponent of many digits
+            number = Decimal("inf")
+        if number > 10**24:
+            raise ValueError("the number is too large")
+        if number != number.to_integral_value():
             raise ValueError(f"{value!r} is not a whole number")
         return int(number)
     return value

@@ -136,7 +136,10 @@ def test_build_fills_defaults_and_converts():
     assert run.optim == Optim()
 
 
-@pytest.mark.parametrize(("text", "value"), [("10B", 10**10), ("1.5M", 1_500_000), ("32k", 32_000), ("2e3", 2000)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("10B", 10**10), ("1.5M", 1_500_000), ("32k", 32_000), ("2e3", 2000), ("9007199254740993", 2**53 + 1)],
+)
 def test_counts_accept_suffixes(text, value):
     assert parse_count(text) == value
 
@@ -144,6 +147,13 @@ def test_counts_accept_suffixes(text, value):
 def test_a_count_that_is_not_whole_is_refused():
     with pytest.raises(LmError, match="not a whole number"):
         build(Run, {"tokens": "1.0005k"})
+
+
+@pytest.mark.parametrize("text", ["1e999", "1e999999999999", "1e" + "9" * 30, "9" * 300, "9" * 5000])
+def test_a_count_beyond_all_numbers_is_refused_in_a_short_sentence(text):
+    with pytest.raises(LmError, match="too large") as refused:
+        build(Run, {"tokens": text})
+    assert len(str(refused.value)) < 200
 
 
 @pytest.mark.parametrize("section", ["optim", "model"])

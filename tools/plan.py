@@ -59,17 +59,26 @@ def command(
         ),
     ] = None,
     device: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--device", help="This machine (auto, cpu, cuda, mps), or a GPU by name: h100.", rich_help_panel=MACHINE
+            "--device",
+            help="This machine (auto, cpu, cuda, mps), or a GPU by name: h100; default: train.device.",
+            rich_help_panel=MACHINE,
+            show_default=False,
         ),
-    ] = "auto",
+    ] = None,
     devices: Annotated[
         int, typer.Option("--devices", min=1, help="How many of them train together.", rich_help_panel=MACHINE)
     ] = 1,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Arithmetic: auto, bf16, fp16, fp32.", rich_help_panel=MACHINE)
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Arithmetic: auto, bf16, fp16, fp32; default: train.dtype.",
+            rich_help_panel=MACHINE,
+            show_default=False,
+        ),
+    ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
@@ -120,7 +129,7 @@ def command(
     from lmcore.training.config import read_preset
     from lmcore.training.plan import draft, find_target, plan_run, tokens_in
 
-    if dtype not in ("auto", "bf16", "fp16", "fp32"):
+    if dtype not in (None, "auto", "bf16", "fp16", "fp32"):
         raise LmError(f"--dtype {dtype}: choose auto, bf16, fp16 or fp32.")
     if name is not None and preset is not None:
         raise LmError(f"the preset is given twice: {name} and --preset {preset}.")
@@ -142,7 +151,8 @@ def command(
     drafted: Draft = draft(raw, tokens=length)
     if parameters:
         return _list_parameters(drafted, json)
-    target = find_target(device, dtype)
+    train = drafted.config.train
+    target = find_target(device or train.device, dtype or train.dtype)
     if hours is not None:
         drafted = draft(raw, tokens=tokens_in(hours, drafted, target, devices=devices, mfu=mfu))
     plan = plan_run(drafted, target, devices=devices, mfu=mfu, tokens_per_s=tokens_per_s)

@@ -185,7 +185,8 @@ def read_plan(directory: str | Path) -> Plan:
     raw = storage.read_json(path, limit=_MAX_PLAN_BYTES)
     try:
         if raw["format"] != PLAN_FORMAT:
-            raise LmError(f"{path}: the format is {raw['format']!r}; this version reads {PLAN_FORMAT}.", code=Exit.DATA)
+            found = repr(raw["format"])[:60]
+            raise LmError(f"{path}: the format is {found}; this version reads {PLAN_FORMAT}.", code=Exit.DATA)
         return Plan(
             request=TokenizeConfig.model_validate(raw["request"]),
             source=dict(raw["source"]),

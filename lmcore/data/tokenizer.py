@@ -291,9 +291,11 @@ def _configured_eos(file: Path, definition: dict[str, Any]) -> str | None:
         said = storage.read_json(manifest)
         entry = said.get("tokenizer") if isinstance(said, dict) else None
         number = entry.get("eos_id") if isinstance(entry, dict) else None
-        names = {t["id"]: t["content"] for t in definition.get("added_tokens") or () if isinstance(t, dict)}
-        names.update({n: t for t, n in _vocabulary(definition).items() if n == number and n not in names})
-        return names.get(number)
+        added = definition.get("added_tokens")
+        for token in added if isinstance(added, list) and number is not None else ():
+            if isinstance(token, dict) and token.get("id") == number and isinstance(token.get("content"), str):
+                return str(token["content"])
+        return next((text for text, id_ in _vocabulary(definition).items() if id_ == number), None)
     return None
 
 

@@ -33,7 +33,7 @@ from lmcore.storage import format_bytes
 from lmcore.training import device as machine
 from lmcore.training.config import DataConfig, RunConfig, settled
 from lmcore.training.data import inspect
-from lmcore.training.lanes import choose_lanes
+from lmcore.training.lanes import BUCKET_BYTES, choose_lanes
 
 PROGRAM_BYTES = {"cpu": 400 << 20, "cuda": 600 << 20}
 """The process itself: torch and its libraries on a CPU (measured), a CUDA context on a GPU."""
@@ -310,6 +310,11 @@ def plan_run(
     memory = plan_memory(config, target, optimizer, devices=devices)
     if memory.largest_micro_batch is not None and memory.largest_micro_batch < memory.micro_batch:
         notes.append(_advice(config, memory, target))
+    if target.device_type == "cpu" and config.train.shard == "full" and devices > 1:
+        notes.append(
+            "train.shard=full on a CPU is for trying out: layers that come and go leave gaps in the heap, a rank may "
+            "need more than planned and more than with train.shard=none"
+        )
     keep = config.train.checkpoint
     size = 4 * model.parameters + optimizer.state_bytes()
     kept = keep.keep + 1 + (config.total_steps // keep.keep_every if keep.keep_every else 0)
@@ -369,8 +374,6 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     # A lane of one micro-batch makes its gradients while activations go; else they are there before.
     accumulate = kind != "cpu" or micro < per_lane
     sets = int(math.log2(max(1, lanes // devices))) + 1  # a sum per level of the tree of lanes
-    if kind != "cpu" and devices > 1:
-        sets = max(2, sets)  # a flat copy to exchange
     fixed = {
         "program": PROGRAM_BYTES.get(kind, 400 << 20),
         "weights": 4 * parameters,
@@ -384,11 +387,12 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
         fixed["gathered layers"] = _gathered(optimizer)
     if kind == "cpu" and train.checkpoint.background:
         fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
+    compiled = kind == "cuda" and train.compile is not False and not sharded
     passes: dict[int, PassMemory] = {}
 
     def peak_of(rows: int) -> int:
         if rows not in passes:
-            passes[rows] = _pass(config, target, rows, accumulate)
+            passes[rows] = _pass(config, target, rows, accumulate, compiled)
         return passes[rows].peak
 
     peak, found = peak_of(micro), passes[micro]
@@ -414,7 +418,9 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
             micro = largest_divisor(per_lane, max(1, largest))
             peak, found = peak_of(micro), passes[micro]
     overhead = allocator_bytes(micro)
-    moving = {"activations": found.kept, "temporary": peak - found.kept - found.gradients, "allocator": overhead}
+    activations = min(found.kept, peak - found.gradients)  # gradients have taken the place of others by then
+    temporary = peak - found.gradients - activations
+    moving = {"activations": activations, "temporary": temporary, "allocator": overhead}
     parts = fixed | moving
     parts["gradients"] += found.gradients
     # After the passes one set of gradients is left, beside what their exchange and the update take.
@@ -422,7 +428,9 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     if sharded:
         after = 3 * left  # at their owners matrices and their gradients become whole
     else:
-        after = left * (3 if exact and devices > 1 else 2 if devices > 1 else 1)  # flat to send, and received
+        # What is sent together or alone, and if the order is exact what is received, before it is added.
+        message = max(BUCKET_BYTES, *(4 * p.numel() for group in optimizer.groups for p in group.parameters))
+        after = left + (0 if devices == 1 else 2 * message if exact else message)
     after = max(after, left + 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters))
     if after > fixed["gradients"] + peak + overhead:
         parts = fixed | {"gradients": left, "exchange and update": after - left}
@@ -502,9 +510,8 @@ def _most_rows(peak_of: Callable[[int], int], micro: int, last: int, room: float
     return max(found, many()) if found == last else found
 
 
-def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool) -> PassMemory:
+def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool, compiled: bool) -> PassMemory:
     length, model = config.model.context_length, config.model
-    compiled = target.device_type == "cuda" and config.train.compile is not False
     chunk = chunk_for(rows * length, model.padded_vocab, target.device_type)
 
     def at(tokens: int) -> PassMemory:

@@ -77,6 +77,7 @@ def test_power_cuts_at_every_call_in_many_mixtures(writers: dict[str, Any], name
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes alone; forks of a large process cost more
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kill_and_then_a_power_cut(writers: dict[str, Any], name: str) -> None:
     result = crash_power.kill_then_cut_power(writers[name], stride=3)

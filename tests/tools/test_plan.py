@@ -51,6 +51,17 @@ def test_a_preset_is_named_either_way(lm):
     assert lm("plan", "nano", "--preset", "nano").code == 2
 
 
+def test_device_and_arithmetic_are_those_of_the_configuration(lm):
+    run = ("-s", "train.device=cpu", "-s", "train.dtype=fp32")
+    plain = lm("plan", "nano", *SMALL, *run, "--json")
+    assert plain.code == 0, plain.err
+    target = json.loads(plain.out)["target"]
+    assert (target["device_type"], target["dtype"]) == ("cpu", "fp32")
+    other = json.loads(lm("plan", "nano", *SMALL, *run, "--device", "h100", "--dtype", "bf16", "--json").out)
+    assert (other["target"]["device_type"], other["target"]["dtype"]) == ("cuda", "bf16")
+    assert json.loads(plain.out)["memory"]["parts"]["activations"] != other["memory"]["parts"]["activations"]
+
+
 def test_parameters_are_listed(lm):
     outcome = lm("plan", "nano", *SMALL, "--parameters")
     assert outcome.code == 0, outcome.err

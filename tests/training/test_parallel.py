@@ -44,6 +44,56 @@ def test_lanes_are_summed_as_a_binary_tree(lanes):
             assert torch.equal(p.grad, tree([g[index] for g in gradients]))
 
 
+EXCHANGE = """
+import torch
+from lmcore.training import lanes, parallel
+
+SHAPES = [(300, 7), (5,), (), (64, 64), (2048,), (3, 5, 7)]
+
+def gradients(rank):
+    made = torch.Generator().manual_seed(rank)
+    drawn = [torch.randn(shape, generator=made) * 10 ** (rank % 3) for shape in SHAPES]
+    return drawn[:-1] + [drawn[-1].transpose(0, 2)]  # a gradient need not be contiguous
+
+with parallel.joined(torch.device("cpu")) as world:
+    everyone = [gradients(rank) for rank in range(world.size)]
+    for exact in (True, False):
+        for lanes.BUCKET_BYTES in (1, 100, 8192, 16384, 1 << 30):
+            parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in everyone[0]]
+            total = lanes.LaneSum(parameters, world, exact=exact)
+            total.begin()
+            for parameter, gradient in zip(parameters, gradients(world.rank)):
+                parameter.grad = gradient
+            total.end_lane(torch.tensor([world.rank + 1.0], dtype=torch.float64))
+            scalars = total.finish()
+            assert scalars.item() == world.size * (world.size + 1) / 2
+            for index, parameter in enumerate(parameters):
+                first, second, third, fourth = (each[index] for each in everyone)
+                expected = (first + second) + (third + fourth)
+                off = (parameter.grad - expected).abs().max().item()
+                assert off <= (0 if exact else 1e-4), (exact, lanes.BUCKET_BYTES, index, off)  # of sums up to 400
+    print("the same sums")
+"""
+
+
+def test_ranks_exchange_the_same_sums_in_buckets_of_any_size(tmp_path):
+    """Exact: the pairs of neighbours are added, bit for bit; fast: within rounding."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={_port()}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same sums") == 4
+
+
 def test_choose_lanes():
     assert choose_lanes(64, 1) == 4
     assert choose_lanes(12, 1) == 4
