@@ -55,7 +55,7 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             raise LmError(
                 "fp16 on a CPU is many times slower than fp32.", hint="Use --dtype auto, which takes the fastest."
             )
-        return dtype, "as asked"
+        return dtype, "as train.dtype says"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= (8, 0):

@@ -212,7 +212,7 @@ def test_the_loss_scale_is_a_power_of_two_that_adapts():
 @pytest.fixture
 def fp16_anywhere(monkeypatch):
     """fp16 is refused on a CPU because it is slow there; its arithmetic is right."""
-    monkeypatch.setattr(machine, "resolve_dtype", lambda name, device: (machine.DTYPES[name], "as asked"))
+    monkeypatch.setattr(machine, "resolve_dtype", lambda name, device: (machine.DTYPES[name], "as train.dtype says"))
     monkeypatch.setattr(loop, "measure_peak", lambda *_: 1e9)  # minutes in fp16
 
 

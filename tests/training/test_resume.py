@@ -1,5 +1,6 @@
 """The promise of the trainer: whatever interrupts a run, the same command gives the bits of the undisturbed run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import TINY, Crash, Watch, crash, curve, hashes
 
 from lmcore.config import dump_yaml, merge
 from lmcore.errors import LmError
+from lmcore.training import device as machine
 
 CASES = {
     "muon": (),
@@ -40,6 +43,40 @@ def test_a_crash_changes_no_bit(lab, case):
     lab.run("broken", *settings)
     assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
     assert curve(lab.root / "broken") == curve(lab.root / "whole")
+
+
+LAYERS = {
+    "mamba": ("model.pattern=M",),
+    "mamba experts": ("model.pattern=M", "model.mamba.num_experts=4"),
+    "resonance": ("model.pattern=R",),
+    "attention and mixing": ("model.pattern=AF",),
+    "window": ("model.pattern=W", "model.window=8"),
+    "gate": ("model.gate=headwise",),
+    "depth routing": ("model.depth=-m",),
+    "a head ahead": ("model.mtp.depths=1",),
+    "experts with capacity": ("model.ffn=e", "model.moe.num_experts=4", "model.moe.capacity_factor=1.0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, *LAYERS])
+def test_no_bit_comes_from_memory_that_was_not_written(lab, case, monkeypatch):
+    """Every tensor that is made without values holds NaN: the run stays the same."""
+    settings = ("train.steps=4", "train.checkpoint.every_steps=2", *(CASES | LAYERS)[case])
+    lab.run("as it is", *settings)
+    plain = machine.numerics
+
+    @contextlib.contextmanager
+    def filled(**switches):
+        with plain(**switches):
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            assert torch.empty(3).isnan().all()
+            yield
+
+    monkeypatch.setattr(machine, "numerics", filled)
+    lab.run("filled", *settings)
+    assert hashes(lab.root / "filled") == hashes(lab.root / "as it is")
+    assert curve(lab.root / "filled") == curve(lab.root / "as it is")
 
 
 @pytest.mark.parametrize(
