@@ -50,9 +50,9 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
     """Moments of a parameter before its first step: codes in its shape, scales flat."""
     scales = torch.zeros(-(-parameter.numel() // BLOCK), dtype=torch.float32, device=parameter.device)
     return {
-        "exp_avg": torch.zeros_like(parameter, dtype=torch.int8),
+        "exp_avg": parameter.new_zeros(parameter.shape, dtype=torch.int8),
         "exp_avg_scale": scales,
-        "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.uint8),
+        "exp_avg_sq": parameter.new_zeros(parameter.shape, dtype=torch.uint8),
         "exp_avg_sq_scale": scales.clone(),
     }
 

@@ -337,7 +337,7 @@ class Muon(torch.optim.Optimizer):
 def new_state(parameter: Tensor, layout: Layout, *, normuon: bool) -> dict[str, Tensor]:
     """Muon's state of a parameter before its first step: `momentum`, and with NorMuon `second_moment`."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    state = {"momentum": torch.zeros_like(parameter, dtype=dtype)}
+    state = {"momentum": parameter.new_zeros(parameter.shape, dtype=dtype)}
     if normuon:
         length = sum(max(matrix.shape[1:]) for matrix in layout.matrices(parameter))
         shape = (parameter.shape[0], length) if parameter.ndim == 3 else (length,)

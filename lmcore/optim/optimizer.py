@@ -254,7 +254,7 @@ def _new_state(group: Group, row: ParameterRow, config: OptimConfig, piece: Tens
     if group.kind == "adamw8bit":
         return eightbit.new_state(piece)
     dtype = torch.promote_types(piece.dtype, torch.float32)
-    return {key: torch.zeros_like(piece, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+    return {key: piece.new_zeros(piece.shape, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _update(

@@ -14,6 +14,7 @@ import time
 import torch
 
 from lmcore.errors import LmError
+from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
 from lmcore.training.batches import StepBatch
 from lmcore.training.config import RunConfig
@@ -37,6 +38,11 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     return 6.0 * matrices * config.total_steps * config.batch_tokens >= CPU_MIN_FLOPS
 
 
+def fuses_head(config: ModelConfig, device_type: str) -> bool:
+    """Whether the loss is compiled when the model is."""
+    return device_type == "cuda" or config.num_layers <= WHOLE_GRAPH_LAYERS
+
+
 def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world: World) -> tuple[float, str]:
     """Compile and warm up on a real batch without changing any state; (seconds, "" or why it failed).
 
@@ -45,9 +51,9 @@ def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world
     began = time.monotonic()
     eager = stepper.forward
     problem = ""
-    gpu = world.device.type == "cuda"
-    whole = model.config.num_layers <= WHOLE_GRAPH_LAYERS and not gpu
-    model.fused_head = gpu or whole
+    whole = model.config.num_layers <= WHOLE_GRAPH_LAYERS and world.device.type != "cuda"
+    model.fused_head = fuses_head(model.config, world.device.type)
+    _tell_compiler()
     try:
         if whole:
             stepper.forward = torch.compile(eager, dynamic=False)
@@ -67,3 +73,10 @@ def compile_step(stepper: Stepper, model: LanguageModel, batch: StepBatch, world
             block._compiled_call_impl = None
         torch.compiler.reset()
     return time.monotonic() - began, problem
+
+
+def _tell_compiler() -> None:
+    """What torch.use_deterministic_algorithms tells the compiler, too: choose no kernel by a measurement."""
+    import torch._inductor.config
+
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()

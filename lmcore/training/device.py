@@ -116,14 +116,15 @@ def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterato
     LmError (2) when an operation has no deterministic form on this device, or a package refuses to compute on it.
     """
     before = (
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
     )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # As use_deterministic_algorithms(True), which loads the compiler to tell it; compile_step does that.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     if threads is not None:
@@ -140,7 +141,9 @@ def numerics(*, deterministic: bool, tf32: bool, threads: int | None) -> Iterato
             hint="Without the promise of equal bits after an interruption it runs: --set train.deterministic=false",
         ) from error
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.set_deterministic_debug_mode(before[0])
+        if compiler := sys.modules.get("torch._inductor.config"):
+            compiler.deterministic = before[0] > 0  # type: ignore[attr-defined]
         torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision(before[2])
         torch.set_num_threads(before[3])

@@ -466,6 +466,10 @@ class _Run:
         else:
             self.observer.note(f"compiled in {seconds:.1f} s")
 
+    def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        """Other shapes than those of a step run without the compiler, which is loaded only for a run that compiles."""
+        return torch.compiler.set_stance("force_eager") if self.config.train.compile else contextlib.nullcontext()
+
     def _validate(self) -> None:
         if self.validated_at == self.step or not self.data.val:
             return
@@ -473,7 +477,7 @@ class _Run:
         began = time.perf_counter()
         results = {}
         for name, stream in self.data.val.items():
-            with torch.compiler.set_stance("force_eager"):
+            with self._uncompiled():
                 found = validate(
                     self.model,
                     stream,
@@ -507,7 +511,7 @@ class _Run:
         self.validated_at = self.step
         sinks: list[float] = []
         if self.world.main or self.sharded:
-            with torch.compiler.set_stance("force_eager"):
+            with self._uncompiled():
                 sinks = attention_sinks(self.model, next(iter(self.data.val.values())))
         if self.world.main:
             if sinks:

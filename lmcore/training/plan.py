@@ -31,12 +31,15 @@ from lmcore.optim.optimizer import Optimizer, build_optimizer
 from lmcore.optim.scale import Scaling, scale
 from lmcore.storage import format_bytes
 from lmcore.training import device as machine
+from lmcore.training.compilation import fuses_head, wants_compile
 from lmcore.training.config import DataConfig, RunConfig, settled
 from lmcore.training.data import inspect
 from lmcore.training.lanes import BUCKET_BYTES, choose_lanes
 
-PROGRAM_BYTES = {"cpu": 400 << 20, "cuda": 600 << 20}
+PROGRAM_BYTES = {"cpu": 350 << 20, "cuda": 600 << 20}
 """The process itself: torch and its libraries on a CPU (measured), a CUDA context on a GPU."""
+COMPILER_BYTES = 120 << 20
+"""What torch.compile leaves in a process on a CPU (measured 60 to 150 MiB)."""
 ALLOCATOR = {"cpu": 1.3, "cuda": 1.04}
 """Memory that the allocator holds per byte of gradients and temporary tensors. CPU: glibc's, which keeps blocks below
 32 MiB in a heap; measured 1.2 to 1.35 where the sizes of blocks repeat, as they do in dense layers."""
@@ -374,20 +377,23 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     # A lane of one micro-batch makes its gradients while activations go; else they are there before.
     accumulate = kind != "cpu" or micro < per_lane
     sets = int(math.log2(max(1, lanes // devices))) + 1  # a sum per level of the tree of lanes
+    sharded = train.shard == "full" and devices > 1
+    compiled = wants_compile(config, torch.device(kind)) if train.compile == "auto" else train.compile
+    compiled = compiled and not sharded
     fixed = {
-        "program": PROGRAM_BYTES.get(kind, 400 << 20),
+        "program": PROGRAM_BYTES.get(kind, PROGRAM_BYTES["cpu"]),
         "weights": 4 * parameters,
         "gradients": 4 * parameters * (sets if accumulate else sets - 1),
         "optimizer": optimizer.state_bytes() // devices,
     }
-    sharded = train.shard == "full" and devices > 1
+    if compiled and kind == "cpu":
+        fixed["program"] += COMPILER_BYTES
     if sharded:
         accumulate, sets = True, 1
         fixed["weights"] = fixed["gradients"] = -(-4 * parameters // devices)
         fixed["gathered layers"] = _gathered(optimizer)
     if kind == "cpu" and train.checkpoint.background:
         fixed["checkpoint copy"] = 4 * parameters + optimizer.state_bytes()
-    compiled = kind == "cuda" and train.compile is not False and not sharded
     passes: dict[int, PassMemory] = {}
 
     def peak_of(rows: int) -> int:
@@ -524,6 +530,7 @@ def _pass(config: RunConfig, target: Target, rows: int, accumulate: bool, compil
             checkpoint_every=config.train.checkpoint_every,
             chunk=None if tokens == length else chunk,
             compiled=compiled,
+            fused_head=fuses_head(model, target.device_type),
             accumulate=accumulate,
         )
 

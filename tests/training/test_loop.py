@@ -1,14 +1,19 @@
 """One step, seen from outside: the loss is that of the global batch however divided; limits, trackers, compile."""
 
+import importlib
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from small_runs import Crash, Watch, crash, curve, hashes
+from small_runs import ROOT, TINY, Crash, Watch, crash, curve, hashes
 
+from lmcore.config import dump_yaml, merge
 from lmcore.data.sampler import Sampler
 from lmcore.data.stream import TokenStream
 from lmcore.errors import LmError
@@ -182,7 +187,10 @@ def test_a_compiler_that_fails_is_said_and_the_run_goes_on(lab, monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_compiled_runs_resume_to_the_same_bits(lab, dtype):
     settings = ("train.compile=true", f"train.dtype={dtype}", "model.dropout=0.1")
-    lab.run("whole", *settings)
+    told = []
+    compiler = importlib.import_module("torch._inductor.config")
+    lab.run("whole", *settings, watch=Watch({2: lambda: told.append(compiler.deterministic)}))
+    assert (told, compiler.deterministic) == ([True], False)
     with pytest.raises(Crash):
         lab.run("broken", *settings, watch=Watch({6: crash}))
     lab.run("broken", *settings)
@@ -192,6 +200,29 @@ def test_compiled_runs_resume_to_the_same_bits(lab, dtype):
         [line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("eager", "whole")
     )
     assert compiled[0] == pytest.approx(eager[0], rel=0.05)
+
+
+UNCOMPILED = """
+import sys
+from lmcore.tools.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("LOADED", sorted({"torch._inductor", "torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+
+
+def test_a_run_that_compiles_nothing_does_not_load_the_compiler(lab):
+    """It takes more than a second and 80 MB."""
+    preset = lab.root / "tiny.yaml"
+    lab.root.mkdir(exist_ok=True)
+    preset.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}})))
+    command = [sys.executable, "-c", UNCOMPILED, "train", str(lab.root / "run"), "--preset", str(preset), "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
 
 
 def test_out_of_memory_is_answered_with_what_the_planner_says(lab):

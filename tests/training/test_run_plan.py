@@ -54,6 +54,8 @@ LARGE = {"vocab_size": 8192, "d_model": 512, "num_layers": 6, "num_heads": 8, "c
         ({"vocab_size": 50304}, {"micro_batch": 1, "dtype": "bf16"}, "muon"),
         ({"pattern": "AF"}, {"micro_batch": 2, "dtype": "fp32"}, "adamw"),
         ({"d_model": 768, "num_heads": 12}, {"micro_batch": 2, "dtype": "fp32"}, "adamw8bit"),
+        ({}, {"micro_batch": 4, "dtype": "bf16", "compile": True}, "muon"),
+        ({"d_model": 256, "num_layers": 12}, {"micro_batch": 4, "dtype": "fp32", "compile": True}, "muon"),
     ],
     ids=str,
 )
