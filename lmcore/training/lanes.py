@@ -11,8 +11,8 @@ ranks by a butterfly (parallel.py). Rank r of W owns lanes r S/W .. (r+1) S/W - 
                       \\_______________/
 
 The gradients of a lane are the tensors that backward made: nothing is zeroed or copied, a merge is one addition. At
-most log2(S/W) + 1 sets of gradients exist. Between ranks large ones are exchanged where they are, small ones together
-in a buffer of BUCKET_BYTES, so that the exchange needs no copy of all of them.
+most log2(S/W) + 1 sets of gradients exist. Between ranks large ones are exchanged where they are, piece by piece, small
+ones together in a buffer of BUCKET_BYTES, so that the exchange needs no copy of all of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lmcore.training.parallel import World
 MAX_LANES = 4
 """More lanes allow more ranks, and cost an addition of all gradients each."""
 BUCKET_BYTES = 8 << 20
-"""Gradients smaller than this are exchanged together, as a message costs time of its own; larger messages leave the
-caches of a CPU (measured: a half to two thirds of the time that 32 MiB take)."""
+"""The size of a message between ranks. Smaller gradients are exchanged together, as a message costs time of its own;
+larger messages leave the caches of a CPU (benchmarks/exchange.py)."""
 
 
 class LaneSum:
@@ -126,7 +126,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _sum_together(tensors: Sequence[Tensor], sum_: Callable[[Tensor], None]) -> None:
     """Sum some tensors of one dtype over the ranks, in place."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        return sum_(tensors[0])
+        for piece in tensors[0].view(-1).split(max(1, BUCKET_BYTES // tensors[0].element_size())):
+            sum_(piece)
+        return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     sum_(flat)
     pieces = flat.split([tensor.numel() for tensor in tensors])

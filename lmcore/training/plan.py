@@ -434,9 +434,8 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     if sharded:
         after = 3 * left  # at their owners matrices and their gradients become whole
     else:
-        # What is sent together or alone, and if the order is exact what is received, before it is added.
-        message = max(BUCKET_BYTES, *(4 * p.numel() for group in optimizer.groups for p in group.parameters))
-        after = left + (0 if devices == 1 else 2 * message if exact else message)
+        # What is sent, and if the order is exact what is received, before it is added.
+        after = left + (0 if devices == 1 else 2 * BUCKET_BYTES if exact else BUCKET_BYTES)
     after = max(after, left + 16 * min(BATCH_ELEMENTS.get(kind, 1 << 23), parameters))
     if after > fixed["gradients"] + peak + overhead:
         parts = fixed | {"gradients": left, "exchange and update": after - left}
