@@ -232,9 +232,9 @@ class Meter:
         return times.user + times.system + times.children_user + times.children_system
 
     def stop(self, size: int, tokens: int) -> dict[str, float]:
-        # ru_maxrss would tell the peak of the process that started this one.
-        status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0 kB"
-        peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        from lmcore.heap import peak_resident_bytes
+
+        peak = peak_resident_bytes() / 2**20
         seconds, cpu = time.perf_counter() - self._wall, self._processor() - self._cpu
         return {"bytes": size, "tokens": tokens, "seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak}
 

@@ -56,7 +56,6 @@ class PassMemory:
     """Of `peak`, bytes in blocks below HEAP_BLOCK."""
 
 
-_SOFTMAX_GRADIENT, _IS_COMPILING = loss.softmax_gradient, torch.compiler.is_compiling
 HEAP_BLOCK = 32 << 20
 """glibc takes smaller blocks from a heap that fragments; larger ones come from the system and go back to it."""
 
@@ -83,7 +82,13 @@ def trace_pass(
     already, to be added to; else the pass makes them, each when the activations of later layers are gone.
     """
     length = config.context_length if length is None else length
-    with _as_on(device_type, compiled), FakeTensorMode(allow_non_fake_inputs=True), _Storages() as storages:
+    traced = compiled and device_type == "cpu"  # whose attention and loss take other ways when they are compiled
+    with (
+        _as_on(device_type, compiled),
+        _compiling(traced),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Storages() as storages,
+    ):
         model = LanguageModel(config).train()
         model.compute_dtype = dtype
         model.checkpoint_every = checkpoint_every
@@ -92,7 +97,7 @@ def trace_pass(
         fused = compiled and fused_head
 
         def head_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            with contextlib.nullcontext() if fused else _uncompiled():
+            with _compiling(traced and fused):
                 size = chunk_for(targets.numel(), config.padded_vocab, device_type) if chunk is None else chunk
                 if fused:
                     size = size or targets.numel()
@@ -120,12 +125,10 @@ def trace_pass(
 def _as_on(device_type: str, compiled: bool) -> Iterator[None]:
     """The code paths of a device type on fake tensors, which lie on the CPU; everything is put back."""
     before = routing.grouped_linear, loss.softmax_gradient_, loss.softmax_gradient, loss.add_product
-    by_hand, is_compiling = set(layers.BY_HAND), torch.compiler.is_compiling
+    by_hand = set(layers.BY_HAND)
     routing.grouped_linear = _grouped_linear
     if compiled:
         loss.softmax_gradient_ = loss.softmax_gradient = _softmax_gradient
-    if compiled and device_type == "cpu":
-        torch.compiler.is_compiling = lambda: True  # attention and loss take other ways then
     if device_type != "cpu":
         layers.BY_HAND.discard("cpu")
     if device_type == "cuda":
@@ -136,20 +139,18 @@ def _as_on(device_type: str, compiled: bool) -> Iterator[None]:
             yield
     finally:
         routing.grouped_linear, loss.softmax_gradient_, loss.softmax_gradient, loss.add_product = before
-        torch.compiler.is_compiling = is_compiling
         layers.BY_HAND.update(by_hand)
         kernels.DEVICES.discard("cpu")
 
 
 @contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """The code paths that are not compiled, whatever lies around them."""
-    before = loss.softmax_gradient, torch.compiler.is_compiling
-    loss.softmax_gradient, torch.compiler.is_compiling = _SOFTMAX_GRADIENT, _IS_COMPILING
+def _compiling(answer: bool) -> Iterator[None]:
+    """What the layers are told when they ask whether they are being compiled."""
+    before, torch.compiler.is_compiling = torch.compiler.is_compiling, lambda: answer
     try:
         yield
     finally:
-        loss.softmax_gradient, torch.compiler.is_compiling = before
+        torch.compiler.is_compiling = before
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ CPU_MIN_FLOPS = 5e14
 
 
 def wants_compile(config: RunConfig, device: torch.device) -> bool:
-    """Whether "auto" means yes: on CUDA, and on a CPU when the run is long."""
+    """Whether a run is compiled. "auto" means yes on CUDA, and on a CPU when the run is long."""
+    if config.train.compile != "auto":
+        return config.train.compile
     if device.type == "cuda":
         return True
     if device.type != "cpu":

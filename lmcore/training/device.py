@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lmcore.errors import LmError
+from lmcore.heap import peak_resident_bytes
 from lmcore.model import kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -178,9 +179,4 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory so far in bytes: of the device, or the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux also of the process that started this one
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()

@@ -126,7 +126,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _sum_together(tensors: Sequence[Tensor], sum_: Callable[[Tensor], None]) -> None:
     """Sum some tensors of one dtype over the ranks, in place."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        for piece in tensors[0].view(-1).split(max(1, BUCKET_BYTES // tensors[0].element_size())):
+        for piece in tensors[0].view(-1).split(BUCKET_BYTES // tensors[0].element_size()):
             sum_(piece)
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -378,8 +378,7 @@ def plan_memory(config: RunConfig, target: Target, optimizer: Optimizer, *, devi
     accumulate = kind != "cpu" or micro < per_lane
     sets = int(math.log2(max(1, lanes // devices))) + 1  # a sum per level of the tree of lanes
     sharded = train.shard == "full" and devices > 1
-    compiled = wants_compile(config, torch.device(kind)) if train.compile == "auto" else train.compile
-    compiled = compiled and not sharded
+    compiled = not sharded and wants_compile(config, torch.device(kind))
     fixed = {
         "program": PROGRAM_BYTES.get(kind, PROGRAM_BYTES["cpu"]),
         "weights": 4 * parameters,

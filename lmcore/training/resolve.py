@@ -32,7 +32,7 @@ def resolve(
     dtype, _ = machine.resolve_dtype(train.dtype, device)
     rows = config.rows
     reduce = train.reduce if train.reduce != "auto" else ("exact" if device.type == "cpu" else "fast")
-    compiled = wants_compile(config, device) if train.compile == "auto" else train.compile
+    compiled = wants_compile(config, device)
     if train.shard == "full" and world_size > 1:
         for key, value, unfit in (
             ("reduce", "exact", train.reduce == "exact"),

@@ -614,12 +614,11 @@ def test_interrupt_finishes_the_shard_under_way(
 
 PEAK = """
 import sys
-from lmcore.heap import keep_freed_memory
+from lmcore.heap import keep_freed_memory, peak_resident_bytes
 keep_freed_memory()
 from lmcore.data.tokenization import TokenizeConfig, tokenize
 report = tokenize(TokenizeConfig(paths=(sys.argv[1],), tokenizer=sys.argv[2]), sys.argv[3])
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(report.n_docs, report.n_bytes, peak >> 10)
+print(report.n_docs, report.n_bytes, peak_resident_bytes() >> 20)
 """
 
 

@@ -91,13 +91,26 @@ class Lab:
     def run(self, name: str, *settings: str, watch: Watch | None = None, **keywords: Any) -> RunResult:
         return train(self.prepare(name, *settings, **keywords), observer=watch or Watch())
 
+    def preset(self, changes: dict[str, Any] | None = None) -> Path:
+        """A YAML file with the tiny configuration on the tiny set, for `lm train --preset`."""
+        self.root.mkdir(exist_ok=True)
+        file = self.root / "tiny.yaml"
+        file.write_text(dump_yaml(merge(TINY, {"data": {"train": str(self.data)}}, changes or {})))
+        return file
+
     def start_ranks(self, count: int, name: str, *settings: str) -> list[subprocess.Popen[str]]:
         """The ranks of a run as processes, as a launcher without supervision would start them."""
-        self.root.mkdir(exist_ok=True)
-        config = self.root / "tiny.yaml"
-        config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(self.data)}})))
         typed = itertools.chain.from_iterable(("--set", setting) for setting in settings)
-        command = [sys.executable, "-m", "lmcore", "train", str(self.root / name), "--preset", str(config), *typed]
+        command = [
+            sys.executable,
+            "-m",
+            "lmcore",
+            "train",
+            str(self.root / name),
+            "--preset",
+            str(self.preset()),
+            *typed,
+        ]
         port = str(random.SystemRandom().randrange(20_000, 60_000))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
         return [

@@ -11,9 +11,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from small_runs import ROOT, TINY, Crash, Watch, crash, curve, hashes
+from small_runs import ROOT, Crash, Watch, crash, curve, hashes
 
-from lmcore.config import dump_yaml, merge
 from lmcore.data.sampler import Sampler
 from lmcore.data.stream import TokenStream
 from lmcore.errors import LmError
@@ -215,10 +214,16 @@ print("LOADED", sorted({"torch._inductor", "torch._dynamo", "sympy"} & set(sys.m
 
 def test_a_run_that_compiles_nothing_does_not_load_the_compiler(lab):
     """It takes more than a second and 80 MB."""
-    preset = lab.root / "tiny.yaml"
-    lab.root.mkdir(exist_ok=True)
-    preset.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}})))
-    command = [sys.executable, "-c", UNCOMPILED, "train", str(lab.root / "run"), "--preset", str(preset), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        UNCOMPILED,
+        "train",
+        str(lab.root / "run"),
+        "--preset",
+        str(lab.preset()),
+        "--quiet",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -177,10 +177,8 @@ def test_the_loader_reads_many_times_more_than_it_holds(tmp_path, make_set):
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_a_run_whose_memory_runs_out_is_continued(lab):
     """The address space is frozen while a run is under way: it lives with what it has, or leaves with a sentence."""
-    config = lab.root / "tiny.yaml"
-    lab.root.mkdir(exist_ok=True)
     settings = {"train": {"steps": 120, "checkpoint": {"background": True, "every_steps": 10}}}
-    config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}}, settings)))
+    config = lab.preset(settings)
     log = lab.root / "run" / "metrics.jsonl"
     process = lm("train", lab.root / "run", "--preset", config)
     deadline = time.monotonic() + 120

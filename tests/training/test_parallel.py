@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TINY, Crash, Watch, crash, curve, hashes
+from small_runs import Crash, Watch, crash, curve, hashes
 
-from lmcore.config import dump_yaml, merge
 from lmcore.training.lanes import LaneSum, choose_lanes
 from lmcore.training.parallel import World
 
@@ -80,18 +79,7 @@ def test_ranks_exchange_the_same_sums_in_buckets_of_any_size(tmp_path):
     """Exact: the pairs of neighbours are added, bit for bit; fast: within rounding."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={_port()}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same sums") == 4
+    assert launched(4, str(script)).stdout.count("the same sums") == 4
 
 
 def test_choose_lanes():
@@ -103,14 +91,17 @@ def test_choose_lanes():
 
 
 def torchrun(lab, ranks, name, *settings, arguments=()):
-    config = lab.root / "tiny.yaml"
-    lab.root.mkdir(exist_ok=True)
-    config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}})))
+    typed = list(itertools.chain.from_iterable(("--set", s) for s in settings))
+    return launched(
+        ranks, "-m", "lmcore", "train", str(lab.root / name), "--preset", str(lab.preset()), *typed, *arguments
+    )
+
+
+def launched(ranks, *command):
+    """What ended well, started by torchrun when there are several ranks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(key, None)
-    typed = list(itertools.chain.from_iterable(("--set", s) for s in settings))
-    command = ["-m", "lmcore", "train", str(lab.root / name), "--preset", str(config), *typed, *arguments]
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={_port()}"]
         if ranks > 1

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TINY, Crash, Watch, crash, curve, hashes
+from small_runs import Crash, Watch, crash, curve, hashes
 
-from lmcore.config import dump_yaml, merge
 from lmcore.errors import LmError
 from lmcore.training import device as machine
 
@@ -121,9 +120,7 @@ def test_a_planted_fault_is_seen(lab, monkeypatch):
 
 
 def start(lab, name, *arguments, **keywords):
-    config = lab.root / "tiny.yaml"
-    lab.root.mkdir(exist_ok=True)
-    config.write_text(dump_yaml(merge(TINY, {"data": {"train": str(lab.data)}, "train": {"steps": 150}})))
+    config = lab.preset({"train": {"steps": 150}})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         [sys.executable, "-m", "lmcore", "train", str(lab.root / name), "--preset", str(config), *arguments],
