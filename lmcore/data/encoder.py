@@ -217,7 +217,7 @@ class ReferenceEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._reference = tokenizer.reference
+        self._plain = tokenizer.plain
 
     @functools.cached_property
     def _may_cut(self) -> bool:
@@ -242,7 +242,7 @@ class ReferenceEncoder:
                 size += len(texts[end])
                 end += 1
             for index, encoding in enumerate(
-                self._reference.encode_batch_fast(texts[at:end], add_special_tokens=False), at
+                self._plain.encode_batch_fast(texts[at:end], add_special_tokens=False), at
             ):
                 ids = np.array(encoding.ids, np.uint32)
                 parts.append(ids)
@@ -264,8 +264,11 @@ class GigatokenEncoder:
     name = "gigatoken"
 
     def __init__(self, tokenizer: Tokenizer, *, copies: int = 1) -> None:
-        definition = copy.copy(tokenizer.definition)
-        definition["added_tokens"] = [t for t in definition.get("added_tokens") or () if not t.get("special")]
+        definition = copy.copy(tokenizer.plain_definition or tokenizer.definition)
+        added = definition.get("added_tokens") or ()
+        definition["added_tokens"] = [
+            token for token in added if tokenizer.plain.token_to_id(token["content"]) not in tokenizer.control_ids
+        ]
         definition["post_processor"] = None
         try:
             import awkward
@@ -369,12 +372,12 @@ def cut_at_words(raw: bytes, size: int = _CHUNK_BYTES) -> list[bytes]:
 
 def _cuts_are_safe(tokenizer: Tokenizer) -> bool:
     """Whether cutting changes no id, tried on the torture list joined by words."""
-    if not tokenizer.is_byte_level:
+    if not tokenizer.lossless:
         return False
     text = " and then ".join(text for text in TORTURE if text).encode()
     pieces = [piece.decode() for piece in cut_at_words(text, 50)]
-    whole = tokenizer.reference.encode(text.decode(), add_special_tokens=False).ids
-    cut = tokenizer.reference.encode_batch_fast(pieces, add_special_tokens=False)
+    whole = tokenizer.plain.encode(text.decode(), add_special_tokens=False).ids
+    cut = tokenizer.plain.encode_batch_fast(pieces, add_special_tokens=False)
     return len(pieces) > 10 and list(whole) == [number for encoding in cut for number in encoding.ids]
 
 

@@ -228,7 +228,7 @@ def _decode(
     progress: Progress,
 ) -> None:
     """Documents decoded and hashed: all of them (deep) or the 64 with the smallest content hashes."""
-    if tokenizer is None or not tokenizer.is_byte_level or manifest.source.get("document_hash") == "tokens":
+    if tokenizer is None or not tokenizer.lossless or manifest.source.get("document_hash") == "tokens":
         return
     whole = np.flatnonzero(index.whole)
     if not deep:
