@@ -50,6 +50,9 @@ class Tokenizer:
     bos_id, pad_id: None when the vocabulary has none. sha256: identity of the canonical JSON.
     """
 
+    opening: tuple[int, ...] = ()
+    """Ids in front of every document in the training of the model that this was loaded with (surroundings.py)."""
+
     def __init__(self, definition: dict[str, Any], *, name: str, eos: str | None = None) -> None:
         """definition: the parsed tokenizer.json. eos: text of the token that ends a document; found by name if None."""
         self.definition = {**definition, "truncation": None, "padding": None}
