@@ -109,6 +109,7 @@ def measure(case: dict[str, Any], steps: int, parts: bool, planned: bool) -> dic
 def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
     """A step of the trainer; returns the seconds of its update, measured to its end on the device."""
     import torch
+    from step import require_finite
 
     from lmcore.model.model import LanguageModel
     from lmcore.optim.optimizer import build_optimizer
@@ -139,13 +140,14 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
     pairs = list(zip(x.split(case["micro"]), y.split(case["micro"]), strict=True))
     batch = StepBatch(0, 0, tuple(MicroBatch(0, i == len(pairs) - 1, 0, a, b) for i, (a, b) in enumerate(pairs)), 0.0)
     if config.train.compile:
-        _, problem = compile_step(stepper, model, batch, world)
+        _, problem = compile_step(stepper, batch)
         assert not problem, problem
     number = iter(range(1000))
 
     def step() -> float:
         at = next(number)
-        stepper.gradients(batch)
+        numbers = stepper.gradients(batch)
+        require_finite(numbers.loss, numbers.grad_norm)
         began = time.perf_counter()
         stepper.update(at, config.optim.clip)
         torch.cuda.synchronize()
@@ -166,7 +168,7 @@ def ours(config: Any, case: dict[str, Any]) -> Callable[[], float]:
 def plain(config: Any, micro: int) -> Callable[[], float]:
     """The usual script."""
     import torch
-    from step import Plain
+    from step import Plain, require_finite
 
     m = config.model
     with torch.device("cuda"):
@@ -182,7 +184,7 @@ def plain(config: Any, micro: int) -> Callable[[], float]:
             with torch.autocast("cuda", torch.bfloat16):
                 loss = run(a.cuda(non_blocking=True), b.cuda(non_blocking=True)) / len(rows)
             loss.backward()
-        loss.item()
+        require_finite(loss.item())
         began = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

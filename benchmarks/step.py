@@ -11,6 +11,7 @@ gives the share of the step that is neither forward, backward nor optimizer.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lmcore.config import build, merge
 from lmcore.model.model import LanguageModel
 from lmcore.optim.optimizer import build_optimizer
 from lmcore.training.batches import MicroBatch, Shape, StepBatch
+from lmcore.training.compilation import compile_step
 from lmcore.training.config import RunConfig, read_preset, settled
 from lmcore.training.device import DTYPES, numerics
 from lmcore.training.guards import LossScale
@@ -68,6 +70,12 @@ class Plain(nn.Module):
         return F.cross_entropy(F.linear(self.norm(h), self.tokens.weight).flatten(0, 1), y.flatten())
 
 
+def require_finite(*numbers: float) -> None:
+    """A step that computes nothing has no time."""
+    if not all(map(math.isfinite, numbers)):
+        raise SystemExit(f"wrong: a step gives {numbers}, so its time means nothing")
+
+
 def plain(config: RunConfig, rows: list[tuple[Tensor, Tensor]], compiled: bool) -> Callable[[], None]:
     m = config.model
     model = Plain(m.padded_vocab, m.d_model, m.num_layers, m.num_heads, m.d_ff, m.context_length)
@@ -78,7 +86,7 @@ def plain(config: RunConfig, rows: list[tuple[Tensor, Tensor]], compiled: bool) 
         for x, y in rows:
             loss = run(x, y) / len(rows)
             loss.backward()
-            loss.item()
+            require_finite(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -96,19 +104,21 @@ def ours(
     assert isinstance(lanes, int)
     shape = Shape(config.rows, lanes, config.rows // lanes)
     stepper = Stepper(model, optimizer, World(), shape, seed=1, exact=True, scale=LossScale(False))
-    if compiled:
-        model.fused_head = True  # as compile_step does
-        stepper.forward = torch.compile(stepper.forward, dynamic=False)
     x, y = torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
     micro = tuple(
         MicroBatch(lane, True, 0, a, b) for lane, (a, b) in enumerate(zip(x.chunk(lanes), y.chunk(lanes), strict=True))
     )
+    if compiled:
+        _, problem = compile_step(stepper, StepBatch(0, 0, micro, 0.0))
+        if problem:
+            raise SystemExit(f"wrong: {problem}")
     number = iter(range(10**9))
 
     def step() -> None:
         began = time.perf_counter()
         s = next(number) % config.total_steps
-        stepper.gradients(StepBatch(s, 0, micro, 0.0))
+        numbers = stepper.gradients(StepBatch(s, 0, micro, 0.0))
+        require_finite(numbers.loss, numbers.grad_norm)
         stepper.update(s, config.optim.clip)
         parts.append((time.perf_counter() - began, stepper.times.gradients, stepper.times.optimizer))
 

@@ -210,7 +210,9 @@ class Attention(nn.Module):
         return self._sdpa(q, k, v, causal=True)
 
     def _products_are_faster(self, q: Tensor) -> bool:
-        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT
+        # With AMX the compiled graph of these products gives NaN (torch 2.13), and the eager one does not.
+        sound = q.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+        short = sound and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT
         return short and self.heads == self.kv_heads and not self.window
 
     def _in_products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

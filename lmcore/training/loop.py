@@ -10,6 +10,7 @@ done, when a signal or the clock says so (after saving), or when it has diverged
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import time
@@ -34,7 +35,7 @@ from lmcore.training import device as machine
 from lmcore.training.audit import Audit, audit
 from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
-from lmcore.training.compilation import compile_step
+from lmcore.training.compilation import compile_step, run_eagerly
 from lmcore.training.data import RunData, open_data, refuse_changed_data
 from lmcore.training.guards import Guard, LossScale
 from lmcore.training.launch import Launch
@@ -133,6 +134,8 @@ class _Run:
         self.guard = Guard(train.guard)
         self.scale = LossScale(train.dtype == "fp16")
         self.shape = Shape(config.rows, train.lanes, train.micro_batch)
+        self.eager = not train.compile
+        """Whether steps run without the compiler: asked for, or because it was found wrong."""
         self.validation: dict[str, Any] = {}
         self.validated_at = -1
         self._submitted = -1
@@ -290,7 +293,7 @@ class _Run:
             cleanup.callback(_thaw_garbage)
             loader = cleanup.enter_context(self._loader())
             batches = iter(loader)
-            if not reason and train.compile and self.step < self.total:
+            if not reason and train.compile and not self.eager and self.step < self.total:
                 first = next(batches)
                 self._compile(first)
                 batches = _chained(first, batches)
@@ -358,7 +361,7 @@ class _Run:
             return None
         looked = audit(self.stepper, batch, numbers)
         if looked.verdict == "same":
-            return looked
+            return looked if self.eager else self._audit_compiler(batch, looked)
         self._event("audit", step=self.step + 1, first_sample=batch.first_sample, verdict=looked.verdict)
         what = f"{self._where(batch)}: computed again from the same weights and data, {looked.differing} results differ"
         if looked.verdict == "unreliable":
@@ -373,6 +376,23 @@ class _Run:
             f"computed twice; watch this machine ({machine.device_name(self.world.device)})."
         )
         return looked
+
+    def _audit_compiler(self, batch: StepBatch, looked: Audit) -> Audit:
+        """A step that comes out wrong twice in the same way may be the compiler's doing: it is computed without it."""
+        if not self.guard.looks_wrong(looked.numbers.loss, looked.numbers.grad_norm):
+            return looked
+        self.model.reset_load()
+        forward, self.stepper.forward = self.stepper.forward, self.stepper.eager_forward
+        with self._uncompiled():
+            numbers = self.stepper.gradients(batch, stop=looked.numbers.stop)
+        self.stepper.forward = forward
+        if not self.guard.looks_wrong(numbers.loss, numbers.grad_norm):
+            run_eagerly(self.stepper)
+            self._leave_compiler(
+                f"{self._where(batch)} has the loss {looked.numbers.loss:.4g} and the gradient norm "
+                f"{looked.numbers.grad_norm:.4g} compiled, {numbers.loss:.4g} and {numbers.grad_norm:.4g} without"
+            )
+        return dataclasses.replace(looked, numbers=numbers)
 
     def _where(self, batch: StepBatch) -> str:
         return f"step {self.step + 1}, samples {batch.first_sample:,} to {batch.first_sample + self.shape.rows - 1:,}"
@@ -458,13 +478,18 @@ class _Run:
     def _compile(self, batch: StepBatch) -> None:
         self.observer.phase("compiling")
         with self.world.patiently():
-            seconds, problem = compile_step(self.stepper, self.model, batch, self.world)
+            seconds, problem = compile_step(self.stepper, batch)
         self.observer.phase("")
         if problem:
-            self.observer.warn(f"torch.compile failed, the run goes on without it: {problem}")
-            self._event("compile failed", problem=problem)
+            self._leave_compiler(problem)
         else:
             self.observer.note(f"compiled in {seconds:.1f} s")
+
+    def _leave_compiler(self, problem: str) -> None:
+        """Go on eagerly, also after a restart: a continued run must compute what an uninterrupted one does."""
+        self.eager = True
+        self.observer.warn(f"the run goes on without compiling: {problem}.")
+        self._event("not compiled", step=self.step, problem=problem)
 
     def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
         """Other shapes than those of a step run without the compiler, which is loaded only for a run that compiles."""
@@ -601,6 +626,7 @@ class _Run:
                 "guard": self.guard.state(),
                 "loss_scale": self.scale.state(),
                 "rollbacks": self.rollbacks,
+                "eager": self.eager and bool(self.config.train.compile),
                 "validation": _finite(self.validation),
                 "validated_at": self.validated_at,
                 "fingerprint": self._fingerprint(),
@@ -664,6 +690,7 @@ class _Run:
         self.guard.load(saved.get("guard", {}))
         self.scale.load(saved.get("loss_scale", {}))
         self.rollbacks = int(saved.get("rollbacks", 0))
+        self.eager |= bool(saved.get("eager"))
         self.validation = saved.get("validation") or {}
 
     def _roll_back(self, batch: StepBatch) -> None:

@@ -52,6 +52,15 @@ class StepNumbers:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A step in numbers that two ways of computing it can be compared by."""
+
+    loss: float
+    gradients: dict[str, tuple[float, float]]
+    """By parameter: the norm, and the sum with fixed random signs."""
+
+
 @dataclass
 class Times:
     """Seconds that the parts of the last step took (as the host saw it)."""
@@ -90,9 +99,10 @@ class Stepper:
         self._sources = sources
         model.keep_row_losses = sources > 0
         self._counts = {name: count * shape.micro_batches for name, count in per_micro.items()}
-        self._random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._wide = torch.float32 if world.device.type == "mps" else torch.float64
-        self.forward: Forward = self._forward
+        self.eager_forward: Forward = self._forward
+        self.forward: Forward = self.eager_forward
         self.times = Times()
         self.utilisation: dict[str, list[float]] = {}
         """What the routers to experts did at the last step, per layer."""
@@ -110,15 +120,29 @@ class Stepper:
             sums = torch.cat([sums, losses.rows])
         return losses.objective(self._counts), sums, losses.metrics
 
-    def warm_up(self, batch: StepBatch) -> None:
-        """Run forward and backward once, for their side effects in the compiler; nothing of the training changes."""
+    def probe(self, batch: StepBatch, *, by_rows: bool = False) -> Probe:
+        """Loss and gradients of the first micro-batch in numbers that can be compared; nothing of the training changes,
+        and no second set of gradients is held.
+
+        by_rows: compute one row after the other, in a fraction of the memory, where rows do not meet (experts count
+        the load of all).
+        """
         self._lanes.begin()
-        micro = batch.micro_batches[0]
-        if self._random:
+        self.model.begin_accumulation()
+        if self.random:
             torch.manual_seed(0)
-        self.forward(*_moved(micro, self.world.device))[0].backward()
+        inputs, targets = _moved(batch.micro_batches[0], self.world.device)
+        rows = 1 if by_rows and not self.model.routers and not self.model.keep_row_losses else len(inputs)
+        loss = 0.0
+        for part, wanted in zip(inputs.split(rows), targets.split(rows), strict=True):
+            objective, sums, _ = self.forward(part, wanted)
+            objective.backward()
+            loss += float(sums[self._names.index("main")])
+        named = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        gradients = {name: _norm_and_projection(local(grad)) for name, grad in named.items() if grad is not None}
         self._lanes.begin()
         self.model.reset_load()
+        return Probe(loss * self.shape.micro_batches / self._counts["main"], gradients)
 
     # ------------------------------------------------------------------------------------ the two halves of a step
 
@@ -139,7 +163,7 @@ class Stepper:
             if fresh:
                 # The load of experts is counted per lane too, so that nothing depends on the number of ranks.
                 self.model.begin_accumulation()
-                if self._random:
+                if self.random:
                     torch.manual_seed(lane_seed(self._seed, batch.step, micro.lane))
             fresh = micro.last
             objective, measured, found = self.forward(*_moved(micro, device))
@@ -211,6 +235,17 @@ class Stepper:
     def _lane_range(self) -> range:
         share = self.shape.lanes // self.world.size
         return range(self.world.rank * share, (self.world.rank + 1) * share)
+
+
+def _norm_and_projection(gradient: Tensor) -> tuple[float, float]:
+    """Norm, and the sum with fixed random signs, which two gradients share only when they are alike. In pieces."""
+    generator = torch.Generator(gradient.device).manual_seed(0)
+    squares = projection = 0.0
+    for piece in gradient.flatten().split(1 << 22):
+        signs = torch.randint(0, 2, piece.shape, generator=generator, device=piece.device, dtype=torch.int8)
+        squares += float(piece.double().square().sum())
+        projection += float(torch.where(signs.bool(), piece, -piece).double().sum())
+    return math.sqrt(squares), projection
 
 
 def lane_seed(seed: int, step: int, lane: int) -> int:

@@ -140,7 +140,7 @@ x = torch.randint(0, config.model.vocab_size, (rows, config.model.context_length
 parts = list(zip(x.split(micro), x.split(micro)))
 batch = StepBatch(0, 0, tuple(MicroBatch(0, i == len(parts) - 1, 0, a, b) for i, (a, b) in enumerate(parts)), 0.0)
 if config.train.compile is True:
-    seconds, problem = compile_step(stepper, model, batch, world)
+    seconds, problem = compile_step(stepper, batch)
     assert not problem, problem
 torch.cuda.reset_peak_memory_stats()
 for step in range(2):

@@ -179,7 +179,70 @@ def test_a_compiler_that_fails_is_said_and_the_run_goes_on(lab, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     watch = Watch()
     lab.run("run", "train.compile=true", watch=watch)
-    assert any("goes on without it" in text and "no C++ compiler" in text for text in watch.said)
+    assert any("goes on without compiling" in text and "no C++ compiler" in text for text in watch.said)
+
+
+def planted(fault, good_calls=0):
+    """A compiler whose steps have a fault, after some that are right."""
+
+    def compile_(forward, **_):
+        calls = iter(range(10**9))
+
+        def wrong(inputs, targets):
+            found = forward(inputs, targets)
+            return found if next(calls) < good_calls else fault(*found)
+
+        return wrong
+
+    return compile_
+
+
+class _Bent(torch.autograd.Function):
+    """The same value, another gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1.3
+
+
+FAULTS = {
+    "NaN": lambda objective, sums, metrics: (objective * float("nan"), sums * float("nan"), metrics),
+    "a gradient of another size": lambda objective, sums, metrics: (_Bent.apply(objective), sums, metrics),
+    "a gradient of another sign": lambda objective, sums, metrics: (-objective, sums, metrics),
+    "another loss": lambda objective, sums, metrics: (objective, sums * 1.05, metrics),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_compiled_step_that_is_wrong_never_trains(lab, monkeypatch, fault, dtype):
+    lab.run("eager", "train.compile=false", f"train.dtype={dtype}")
+    monkeypatch.setattr(torch, "compile", planted(FAULTS[fault]))
+    watch = Watch()
+    lab.run("run", "train.compile=true", f"train.dtype={dtype}", watch=watch)
+    assert sum("goes on without compiling: the compiled step gives the" in text for text in watch.said) == 1
+    assert hashes(lab.root / "run") == hashes(lab.root / "eager")
+
+
+def test_a_compiled_step_that_goes_wrong_later_is_told_from_data_and_hardware(lab, monkeypatch):
+    """From the third step on; a run that is stopped behind it goes on without the compiler, to the same bits."""
+    one_pass = ("train.lanes=1", "train.micro_batch=8")
+    monkeypatch.setattr(torch, "compile", planted(FAULTS["NaN"], good_calls=1 + 2))  # the comparison and two steps
+    watch = Watch()
+    lab.run("whole", "train.compile=true", *one_pass, watch=watch)
+    assert sum("goes on without compiling: step 3, samples" in text for text in watch.said) == 1
+    assert not any("not the hardware" in text or "HARDWARE" in text for text in watch.said)
+    monkeypatch.setattr(torch, "compile", planted(FAULTS["NaN"], good_calls=1 + 2))
+    with pytest.raises(Crash):
+        lab.run("broken", "train.compile=true", *one_pass, watch=Watch({6: crash}))
+    lab.run("broken", "train.compile=true", *one_pass)
+    assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
+    lab.run("eager", "train.compile=false", *one_pass)
+    assert hashes(lab.root / "whole") == hashes(lab.root / "eager")
 
 
 @pytest.mark.slow
