@@ -242,7 +242,8 @@ def test_a_compiled_step_that_goes_wrong_later_is_told_from_data_and_hardware(la
     lab.run("broken", "train.compile=true", *one_pass)
     assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
     lab.run("eager", "train.compile=false", *one_pass)
-    assert hashes(lab.root / "whole") == hashes(lab.root / "eager")
+    losses = [[line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("whole", "eager")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
