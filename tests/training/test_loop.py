@@ -243,7 +243,7 @@ def test_a_compiled_step_that_goes_wrong_later_is_told_from_data_and_hardware(la
     assert hashes(lab.root / "broken") == hashes(lab.root / "whole")
     lab.run("eager", "train.compile=false", *one_pass)
     losses = [[line["loss"] for line in curve(lab.root / n) if line["kind"] == "train"] for n in ("whole", "eager")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
