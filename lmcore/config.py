@@ -14,16 +14,32 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic._internal._model_construction import ModelMetaclass
 
 from lmcore.errors import Exit, LmError, from_os_error
 
 
-class Config(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused, no NaN, help text from docstrings."""
+class _Readable(ModelMetaclass):
+    """`ModelConfig(d_model=-1)` in Python is answered as a file or a flag is: by an LmError that names the setting."""
+
+    if not TYPE_CHECKING:  # the signature of the fields is what a type checker should see
+
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                raise _readable(cls, error) from None
+
+
+class Config(BaseModel, metaclass=_Readable):
+    """Base of every configuration section: frozen, unknown keys refused, no NaN, help text from docstrings.
+
+    Raises LmError (2) for values that do not fit.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -265,17 +281,22 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str | None = None)
     try:
         return model.model_validate(cleaned)
     except ValidationError as error:
-        lines = _line_numbers(source) if source and Path(source).is_file() else {}
-        sentences = []
-        items = error.errors()
-        for item in items[:_MOST_ERRORS]:
-            location = tuple(str(part) for part in item["loc"])
-            line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
-            prefix = f"{source}:{line}: " if line else (f"{source}: " if source else "")
-            sentences.append(prefix + _sentence(model, location, item))
-        if len(items) > _MOST_ERRORS:
-            sentences.append(f"... and {len(items) - _MOST_ERRORS} more.")
-        raise LmError("\n".join(sentences), code=Exit.USAGE) from None
+        raise _readable(model, error, source) from None
+
+
+def _readable(model: type[BaseModel], error: ValidationError, source: str | None = None) -> LmError:
+    """One sentence per fault, with the line when `source` is a file."""
+    lines = _line_numbers(source) if source and Path(source).is_file() else {}
+    sentences = []
+    items = error.errors()
+    for item in items[:_MOST_ERRORS]:
+        location = tuple(str(part) for part in item["loc"])
+        line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+        prefix = f"{source}:{line}: " if line else (f"{source}: " if source else "")
+        sentences.append(prefix + _sentence(model, location, item))
+    if len(items) > _MOST_ERRORS:
+        sentences.append(f"... and {len(items) - _MOST_ERRORS} more.")
+    return LmError("\n".join(sentences), code=Exit.USAGE)
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -119,9 +119,10 @@ class ShardFile:
         # More than (device, inode), so that a reused inode or a rewritten file is hashed again.
         self.key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """close: bound here, since at the interpreter's exit the module may be gone first."""
+        if getattr(self, "descriptor", -1) >= 0:
+            close(self.descriptor)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset`; a short file is an LmError, never a signal."""

@@ -29,7 +29,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -79,10 +79,10 @@ class TokenStream:
         self._files: OrderedDict[int, shards.ShardFile] = OrderedDict()
         self._directory = shards.open_directory(self.path) if self.path is not None else -1
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """close: bound here, since at the interpreter's exit the module may be gone first."""
         if getattr(self, "_directory", -1) >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._directory)
+            close(self._directory)
 
     # ------------------------------------------------------------------------------------ making one
 

@@ -141,6 +141,8 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level BPE with GPT-2's word pattern and EOS as id 0. The same texts give the same tokenizer, bit for
         bit, on any number of cores. A small corpus may give fewer than `vocab_size` ids."""
+        if isinstance(texts, str | bytes):
+            raise LmError("Tokenizer.train takes many texts, not one.", hint="Put it into a list: [text].")
         if not _MIN_TRAINED <= vocab_size <= _MAX_TRAINED:
             raise LmError(
                 f"train:{vocab_size}: the vocabulary must have {_MIN_TRAINED} (bytes and EOS) to {_MAX_TRAINED:,} ids."

@@ -40,6 +40,9 @@ SHORT, BLOCK = 512, 128
 against 11.6 forward and backward for (8, 3, 256, 64), 23 against 51 for (4, 8, 512, 64), 47 against 63 at 1,024."""
 
 
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+
+
 @dataclass
 class KVCache(MixerState):
     """Keys and values of one layer.
@@ -211,7 +214,7 @@ class Attention(nn.Module):
 
     def _products_are_faster(self, q: Tensor) -> bool:
         # With AMX the compiled graph of these products gives NaN (torch 2.13), and the eager one does not.
-        sound = q.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+        sound = q.device.type == "cpu" and not _HAS_AMX
         short = sound and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT
         return short and self.heads == self.kv_heads and not self.window
 

@@ -91,7 +91,15 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, state: DecodeState | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of the token after each of `tokens` (B, T), in fp32 or better. See `trunk`."""
+        """Logits (B, T, vocab_size) of the token after each of `tokens` (B, T), in fp32 or better. See `trunk`.
+
+        Raises LmError for an id beyond the vocabulary (on a CPU; elsewhere looking at ids would wait for the device).
+        """
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+            low, high = (int(value) for value in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise LmError(f"the id {wrong:,} is given to a model with ids 0 to {self.config.vocab_size - 1:,}.")
         return self.logits(self.trunk(tokens, positions, state))
 
     def trunk(self, tokens: Tensor, positions: Tensor | None = None, state: DecodeState | None = None) -> Tensor:

@@ -301,6 +301,33 @@ class Muon(torch.optim.Optimizer):
         for number, parameter in enumerate(group["params"]):
             layout.check(parameter.shape, f"parameter {number} of group {len(self.param_groups) - 1}")
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but the state keeps the dtype of `new_state` whatever that of its parameter.
+
+        Raises LmError when a tensor does not have the shape of its parameter's state; nothing is changed then.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        layouts = [
+            (Layout(tuple(group["splits"]), group["input_first"]), bool(group["normuon"]))
+            for group in self.param_groups
+            for _ in group["params"]
+        ]
+        loaded: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for parameter, number, (layout, normuon) in zip(parameters, numbers, layouts, strict=False):
+            saved = state_dict["state"].get(number)
+            if not saved:
+                continue
+            fresh = new_state(parameter, layout, normuon=normuon)
+            for key, template in fresh.items():
+                if not isinstance(saved.get(key), Tensor) or saved[key].shape != template.shape:
+                    raise LmError(f"The saved {key} of parameter {number} is not one of shape {tuple(template.shape)}.")
+                template.copy_(saved[key])
+            loaded.append((parameter, fresh))
+        super().load_state_dict(state_dict)
+        for parameter, fresh in loaded:
+            self.state[parameter] = fresh
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""

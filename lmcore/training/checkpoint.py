@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -326,7 +327,7 @@ def load_weights(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     wanted = model_tensors(model)
     try:
         with tensors.open_plain(path) as file:
-            entries = tensors.read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
+            entries, _ = tensors.read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
             _compare(wanted, {name: entry.shape for name, entry in entries.items()}, os.fspath(path), "model")
             with torch.no_grad():
                 for name, tensor in wanted.items():
@@ -351,8 +352,11 @@ def save_checkpoint(
 ) -> None:
     """Save model, optimizer and iteration into one file (a path, written atomically, or an open binary file).
 
-    The file is safetensors: tensors by name, everything else as JSON in its metadata.
+    The file is safetensors: tensors by name, everything else as JSON in its metadata. Raises LmError for what neither
+    can hold, which it names, before anything is written.
     """
+    if isinstance(out, io.TextIOBase):
+        raise LmError("save_checkpoint: the file was opened for text.", hint="Open it with mode 'wb'.")
     found, structure = _pack(optimizer.state_dict())
     contents = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
     contents |= {f"optimizer.{name}": tensor for name, tensor in found.items()}
@@ -368,33 +372,91 @@ def save_checkpoint(
 def load_checkpoint(
     src: str | os.PathLike[str] | IO[bytes], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Restore what `save_checkpoint` saved; return the iteration. Works on whatever device the model is on."""
-    name = os.fspath(src) if isinstance(src, str | os.PathLike) else getattr(src, "name", "the checkpoint")
-    try:
-        file = tensors.open_plain(src) if isinstance(src, str | os.PathLike) else io.BytesIO(src.read())
-    except OSError as error:
-        raise from_os_error(error, name, "read") from error
+    """Restore what `save_checkpoint` saved; return the iteration. Works on whatever device the model is on.
+
+    Every tensor of the optimizer comes back with the dtype that it was saved with. Raises LmError when the file is
+    damaged or belongs to another model or optimizer; both are then as they were.
+    """
+    name, file = _opened(src)
     with file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        entries = tensors.read_header(file, size, str(name))
-        metadata = _metadata(file, str(name))
-        read = {key: tensors.read_tensor(file, entry, str(name)) for key, entry in entries.items()}
+        iteration, state, weights = _read_file(file, name)
     wanted = model_tensors(model)
-    weights = {key.removeprefix("model."): t for key, t in read.items() if key.startswith("model.")}
-    _compare(wanted, {key: tuple(t.shape) for key, t in weights.items()}, str(name), "model")
+    _compare(wanted, {key: tuple(tensor.shape) for key, tensor in weights.items()}, name, "model")
+    before = optimizer.state_dict()
+    before = before | {"state": {key: dict(value) for key, value in before["state"].items()}}
+    try:
+        optimizer.load_state_dict(state)
+    except LmError:
+        optimizer.load_state_dict(before)
+        raise
+    except Exception as error:  # an optimizer is anybody's code
+        optimizer.load_state_dict(before)
+        raise LmError(f"{name}: the optimizer state does not fit this optimizer ({error}).", code=Exit.DATA) from error
+    _restore_dtypes(optimizer, state)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(weights[key])
-    state = _unpack(
-        json.loads(metadata["optimizer"]),
-        {key.removeprefix("optimizer."): t for key, t in read.items() if key.startswith("optimizer.")},
-    )
+    return iteration
+
+
+def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """PyTorch casts state to the dtype of its parameter: what an optimizer keeps in fp32 beside bf16 would be lost."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for key, value in saved["state"].get(number, {}).items():
+            now = optimizer.state[parameter].get(key)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(now.device, copy=True)
+
+
+# ------------------------------------------------------------------------------ one file
+
+
+def _opened(src: str | os.PathLike[str] | IO[bytes]) -> tuple[str, IO[bytes]]:
+    """(a name for messages, the file)."""
+    if isinstance(src, str | os.PathLike):
+        try:
+            return os.fspath(src), tensors.open_plain(src)
+        except OSError as error:
+            raise from_os_error(error, src, "read") from error
+    name = str(getattr(src, "name", "the checkpoint"))
     try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise LmError(f"{name}: the optimizer state does not fit this optimizer ({error}).") from error
-    return int(metadata["iteration"])
+        raw = src.read()
+    except (OSError, ValueError) as error:
+        raise LmError(f"{name}: cannot read ({error}).", code=Exit.IO) from error
+    if not isinstance(raw, bytes):
+        raise LmError(f"{name}: the file was opened for text.", hint="Open it with mode 'rb'.")
+    return name, io.BytesIO(raw)
+
+
+def _read_file(file: IO[bytes], name: str) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    """(iteration, state of the optimizer, weights) of a file that save_checkpoint wrote, checked whole."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    entries, metadata = tensors.read_header(file, size, name)
+    if metadata.get("format") != FORMAT or not {"iteration", "optimizer"} <= metadata.keys():
+        raise LmError(f"{name}: not a checkpoint made by save_checkpoint.", code=Exit.DATA)
+    if not re.fullmatch(r"-?[0-9]{1,18}", metadata["iteration"]):
+        raise LmError(f"{name}: its iteration {metadata['iteration'][:40]!r} is not a number.", code=Exit.DATA)
+    read = {key: tensors.read_tensor(file, entry, name) for key, entry in entries.items()}
+    found = {key.removeprefix("optimizer."): t for key, t in read.items() if key.startswith("optimizer.")}
+    weights = {key.removeprefix("model."): t for key, t in read.items() if key.startswith("model.")}
+    damaged = LmError(f"{name}: the state of the optimizer in it is damaged.", code=Exit.DATA)
+    try:
+        state = _unpack(json.loads(metadata["optimizer"]), found)
+    except (ValueError, RecursionError) as error:
+        raise damaged from error
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        raise damaged
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise damaged
+    if not all(isinstance(value, dict) for value in state["state"].values()):
+        raise damaged
+    return int(metadata["iteration"]), state, weights
 
 
 def _pack(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -417,28 +479,33 @@ def _pack(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
             found |= inner
             parts.append(structure)
         return found, {"tuple" if isinstance(value, tuple) else "list": parts}
+    if isinstance(value, np.generic):  # a learning rate that NumPy computed
+        value = value.item()
+    if not isinstance(value, str | int | float | bool | None):
+        raise LmError(
+            f"the optimizer's {prefix} is a {type(value).__name__}, which a checkpoint cannot hold.",
+            hint="Checkpoints hold tensors, numbers, texts, lists and dicts.",
+        )
     return {}, {"value": value}
 
 
 def _unpack(structure: Any, found: Mapping[str, Tensor]) -> Any:
+    """What `_pack` took apart; ValueError for anything else."""
+    if not isinstance(structure, dict) or len(structure) != 1:
+        raise ValueError("not one kind of value")
     kind, content = next(iter(structure.items()))
-    if kind == "tensor":
+    if kind == "tensor" and isinstance(content, str) and content in found:
         return found[content]
-    if kind == "mapping":
-        return {key: _unpack(item, found) for key, item in content}
-    if kind in ("list", "tuple"):
+    if kind == "value" and isinstance(content, str | int | float | bool | None):
+        return content
+    if kind in ("list", "tuple") and isinstance(content, list):
         parts = [_unpack(item, found) for item in content]
         return tuple(parts) if kind == "tuple" else parts
-    return content
-
-
-def _metadata(file: IO[bytes], name: str) -> dict[str, str]:
-    file.seek(0)
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise LmError(f"{name}: not a checkpoint made by save_checkpoint.", code=Exit.DATA)
-    return metadata
+    if kind == "mapping" and isinstance(content, list):
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str | int) for pair in content):
+            raise ValueError("not pairs of key and value")
+        return {key: _unpack(item, found) for key, item in content}
+    raise ValueError(f"an unknown kind of value: {kind!r}")
 
 
 # ---------------------------------------------------------------------------------------- private

@@ -26,12 +26,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """ "auto" -> cuda, mps or cpu, in that order. LmError (2) for a device that is not there."""
-    if isinstance(name, torch.device):
-        return name
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    name = str(name)
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -13,6 +13,7 @@ files; the tests use the library as oracle.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,11 @@ def tensor_chunks(
     offset = 0
     for name in order:
         tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise LmError(
+                f"{name} has the type {str(tensor.dtype).removeprefix('torch.')}, which a checkpoint cannot hold.",
+                hint="torch.view_as_real turns a complex tensor into a real one.",
+            )
         size = tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
@@ -90,8 +96,8 @@ def tensor_chunks(
     return chunks(), len(head) + offset
 
 
-def read_header(file: IO[bytes], size: int, path: str) -> dict[str, TensorEntry]:
-    """The entries of a safetensors file of `size` bytes; LmError (65) when the header does not fit the file."""
+def read_header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """(entries, metadata) of a safetensors file of `size` bytes; LmError (65) when the header does not fit the file."""
 
     def broken(why: str) -> LmError:
         return LmError(f"{path}: not a sound safetensors file ({why}).", code=Exit.DATA)
@@ -105,20 +111,20 @@ def read_header(file: IO[bytes], size: int, path: str) -> dict[str, TensorEntry]
         raise broken("the header is not JSON") from error
     if not isinstance(header, dict):
         raise broken("the header is not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise broken("its metadata are not texts by name")
     entries: dict[str, TensorEntry] = {}
     for name, item in header.items():
         try:
             dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
             start, stop = item["data_offsets"]
             numbers = (*shape, start, stop)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise broken(f"the entry of {name!r} is incomplete or of an unknown type") from error
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
             raise broken(f"the entry of {name!r} has an impossible number")
-        count = 1
-        for dimension in shape:
-            count *= dimension
+        count = math.prod(shape)
         if stop - start != count * dtype.itemsize or 8 + length + stop > size:
             raise broken(f"the entry of {name!r} does not fit its shape or the file")
         entries[name] = TensorEntry(dtype, shape, 8 + length + start, stop - start)
@@ -130,14 +136,14 @@ def read_header(file: IO[bytes], size: int, path: str) -> dict[str, TensorEntry]
         at = stop
     if at != size:
         raise broken(f"{size - at:,} bytes belong to no tensor")
-    return entries
+    return entries, metadata
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises LmError (65) for a broken file; links are not followed."""
     try:
         with open_plain(path) as file:
-            entries = read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
+            entries, _ = read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
             return {name: read_tensor(file, entry, os.fspath(path)) for name, entry in entries.items()}
     except OSError as error:
         raise from_os_error(error, path, "read") from error
