@@ -44,7 +44,7 @@ from lmcore.inference.families import (
     qwen3_next,
 )
 from lmcore.inference.families.family import Family
-from lmcore.inference.families.keys import Reading, shown
+from lmcore.inference.families.keys import Key, Reading, shown
 from lmcore.inference.families.tensors import Rule, Shape
 from lmcore.model.config import ModelConfig
 
@@ -62,6 +62,11 @@ TRAINING_ONLY = frozenset(
 """Settings of ours that change nothing that a trained model computes. A family that has a place for one uses it."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def keys_of(family: str) -> Mapping[str, Key]:
+    """The keys that may stand in a family's config.json."""
+    return _TABLE[family].keys
 
 
 class TensorLike(Protocol):

@@ -139,7 +139,7 @@ COMMON: dict[str, Key] = {
     "id2label": inert(LABELS),
     "label2id": inert(LABEL_IDS),
     "problem_type": unless_set(None),
-    "auto_map": unless_set(None),
+    "auto_map": unless_set({}),  # code of their own
     "quantization_config": unless_set(None),
     # What older versions wrote into every file.
     "add_cross_attention": unless_set(False),

@@ -11,7 +11,6 @@ from typing import Any
 from lmcore.inference.families import tensors
 from lmcore.inference.families.family import Family
 from lmcore.inference.families.keys import (
-    ANY_NUMBER,
     COMMON,
     COUNT,
     FLAG,
@@ -25,6 +24,7 @@ from lmcore.inference.families.keys import (
     read,
     unless_set,
     whole,
+    zero_or,
 )
 from lmcore.model.config import LayerKind, ModelConfig
 
@@ -59,11 +59,11 @@ KEYS = COMMON | {
     "rms_norm": unless_set(True),
     "norm_before_gate": inert(FLAG),
     # How a new model is drawn.
-    "rescale_prenorm_residual": inert(FLAG),
+    "rescale_prenorm_residual": fixed(False, written=False),  # true: transformers scales what it has loaded
     "time_step_rank": inert(Kind(lambda v: v == "auto" or COUNT.holds(v), f'"auto" or {COUNT.says}')),
-    "time_step_min": inert(ANY_NUMBER),
-    "time_step_max": inert(ANY_NUMBER),
-    "time_step_floor": inert(ANY_NUMBER),
+    "time_step_min": inert(number(high=1e6)),
+    "time_step_max": inert(number(high=1e6)),
+    "time_step_floor": inert(zero_or(number(high=1e6))),
 }
 
 
