@@ -1,4 +1,4 @@
-"""Equal or refused: whatever a config.json says, an import computes what transformers computes, or names what it cannot.
+"""Equal or refused: whatever a config.json says, an import computes what transformers computes, or is refused by name.
 
 For a small model of each family every key (those that transformers writes, those of its class, and some that only
 others write) is changed, dropped and written in older ways, and the tensors are changed, too. Each time our logits are
@@ -212,11 +212,17 @@ def ours(config: Settings, weights: dict[str, torch.Tensor]) -> torch.Tensor | N
         family, found = families.from_hf_config(config, "config.json")
         converted = families.from_hf_tensors(weights, found, family, "model")
     except LmError as error:
-        assert len(error.message) < 1500
-        assert "\n" not in error.message
-        assert "pydantic" not in error.message
-        return None
-    model = LanguageModel(found).eval()
+        told = error.message
+    else:
+        return logits(found, converted)
+    assert len(told) < 1500
+    assert "\n" not in told
+    assert "pydantic" not in told
+    return None
+
+
+def logits(config: ModelConfig, converted: dict[str, torch.Tensor]) -> torch.Tensor:
+    model = LanguageModel(config).eval()
     model.load_state_dict(converted, strict=False)
     with torch.no_grad():
         return model(TOKENS)
@@ -310,7 +316,7 @@ def test_a_changed_key_is_refused_or_computed_as_transformers_does(row: str, tmp
     assert 0.5 < sum(refused) / len(refused) < 1
     rng = random.Random(row)
     windows_and_angles = [c for c in everything if "window" in c[0] or "layer_types" in c[0] or "rope" in c[0]]
-    chosen = [everything[0], *rng.sample(everything, 25), *rng.sample(windows_and_angles, 10)]
+    chosen = [everything[0], *rng.sample(everything, 16), *rng.sample(windows_and_angles, 8)]
     faults = violations(row, chosen, tmp_path)
     assert not faults, "\n".join(faults)
     assert ours(everything[0][1], their_tensors(row)) is not None
@@ -392,7 +398,7 @@ def tensor_violations(row: str, chosen: list[tuple[str, dict[str, torch.Tensor]]
 @pytest.mark.parametrize("row", ROWS)
 def test_changed_tensors_are_refused_or_used_as_transformers_does(row: str, tmp_path: Path) -> None:
     everything = list(tensor_changes(row))
-    faults = tensor_violations(row, [*random.Random(row).sample(everything, 15), *everything[-6:]], tmp_path)
+    faults = tensor_violations(row, [*random.Random(row).sample(everything, 8), *everything[-6:]], tmp_path)
     assert not faults, "\n".join(faults)
 
 
