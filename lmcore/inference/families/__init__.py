@@ -61,6 +61,8 @@ TRAINING_ONLY = frozenset(
 )
 """Settings of ours that change nothing that a trained model computes. A family that has a place for one uses it."""
 
+_EXPERT_WIDTH = 8  # their grouped product wants rows of 16 bytes, in bf16 too
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -103,6 +105,9 @@ def obstacles(config: ModelConfig, family: str, *, biased: bool = False, drop_mt
             found.append(f"qk_norm: {'true' if config.qk_norm else 'false'}")
         if (config.gate != "none") != row.gated:
             found.append(f"gate: {config.gate}")
+    narrow = min((size for size in (config.moe.d_expert, config.d_model) if size % _EXPERT_WIDTH), default=0)
+    if "e" in ffns and narrow:
+        found.append(f"experts of width {narrow} (moe.d_expert and d_model must be multiples of {_EXPERT_WIDTH} there)")
     return found + row.obstacles(config, biased)
 
 

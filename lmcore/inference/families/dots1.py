@@ -33,7 +33,7 @@ KEYS = keys.decoder(
     null_heads=True,
     max_position_embeddings=2048,
 ) | {
-    "n_routed_experts": read(whole(2, MOST_EXPERTS), None, "moe.num_experts"),  # a group is judged by its best two
+    "n_routed_experts": read(whole(1, MOST_EXPERTS), None, "moe.num_experts"),
     "n_shared_experts": read(whole(1, MOST_EXPERTS), None),
     "num_experts_per_tok": read(COUNT, None, "moe.top_k"),
     "moe_intermediate_size": read(COUNT, 1408, "moe.d_expert"),
@@ -59,6 +59,8 @@ def settings(reading: Reading) -> dict[str, Any]:
     ffns = "".join("d" if i < dense else "e" for i in range(layers))
     if "e" in ffns:
         keys.require_choice(reading, "n_routed_experts")
+        if reading["n_routed_experts"] < 2:
+            reading.refuse("n_routed_experts", reading["n_routed_experts"], "its class judges a group by its best two")
     return (
         keys.heads(reading)
         | keys.windows(reading, reading["sliding_window"])
