@@ -27,6 +27,7 @@ from lmcore import storage
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError, from_os_error
 from lmcore.inference import families
+from lmcore.inference.families.keys import shown
 from lmcore.inference.provenance import PROVENANCE, read_provenance
 from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
@@ -186,17 +187,22 @@ def _weight_files(folder: Path) -> list[Path]:
             hint="Convert it with transformers: model.save_pretrained(DIR).",
             code=Exit.DATA,
         )
+    names = sorted(set(_read_index(index).values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise LmError(f"{index}: {shown(name)} is not a file beside it.", code=Exit.DATA)
+        if not os.path.isfile(folder / name):
+            raise LmError(f"{folder / shown(name)}: listed in {INDEX} but not here.", code=Exit.DATA)
+    return [folder / name for name in names]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """File by tensor."""
     listing = storage.read_json(index, limit=_INDEX_BYTES)
     names = listing.get("weight_map") if isinstance(listing, dict) else None
-    if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not names or not all(type(name) is str for name in names.values()):
         raise LmError(f"{index}: no weight_map in it.", code=Exit.DATA)
-    plain = sorted(set(names.values()))
-    for name in plain:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise LmError(f"{index}: {name!r} is not a file beside it.", code=Exit.DATA)
-        if not (folder / name).is_file():
-            raise LmError(f"{folder / name}: listed in {INDEX} but not here.", code=Exit.DATA)
-    return [folder / name for name in plain]
+    return names
 
 
 def _read_weights(folder: Path, config: ModelConfig, family: str) -> dict[str, Tensor]:
@@ -205,8 +211,13 @@ def _read_weights(folder: Path, config: ModelConfig, family: str) -> dict[str, T
     for path in _weight_files(folder):
         for name, entry in _read_entries(path).items():
             if name in where:
-                raise LmError(f"{path}: the tensor {name} is in {where[name][0].name}, too.", code=Exit.DATA)
+                raise LmError(f"{path}: the tensor {shown(name)} is in {where[name][0].name}, too.", code=Exit.DATA)
             where[name] = (path, entry)
+    if not (folder / WEIGHTS).is_file():
+        listed = _read_index(folder / INDEX)
+        for name in sorted(listed.keys() | where.keys()):
+            if name not in where or listed.get(name) != where[name][0].name:
+                raise LmError(f"{folder / INDEX}: the tensor {shown(name)} is not where it says.", code=Exit.DATA)
     families.check_tensors({name: entry for name, (_, entry) in where.items()}, config, family, str(folder))
     theirs: dict[str, Tensor] = {}
     for path in _weight_files(folder):

@@ -24,7 +24,6 @@ import torch
 
 from lmcore.errors import LmError
 from lmcore.inference import families
-from lmcore.inference.families import keys
 from lmcore.model.config import ModelConfig
 from lmcore.model.model import LanguageModel
 from lmcore.training import tensors
@@ -275,7 +274,7 @@ def changes(row: str) -> list[tuple[str, Settings]]:
     for style, sound in (("", base), ("older: ", older(copy.deepcopy(base)))):
         found.append((f"{style}as it is", sound))
         known = {field.name for field in dataclasses.fields(transformers.AutoConfig.for_model(family_of(row)))}
-        for key in sorted({*sound, *FOREIGN, *known, *keys.COMMON} - {"model_type"}):
+        for key in sorted({*sound, *FOREIGN, *known, *families.keys_of(family_of(row))} - {"model_type"}):
             if key in sound:
                 found.append((f"{style}without {key}", {k: v for k, v in sound.items() if k != key}))
             before = sound.get(key, FOREIGN.get(key))

@@ -19,6 +19,7 @@ from lmcore.inference.families.keys import (
     null_or,
     number,
     read,
+    unless_set,
     whole,
 )
 from lmcore.model.config import LayerKind, ModelConfig
@@ -46,7 +47,11 @@ KEYS = keys.decoder(
     "sliding_window": read(null_or(COUNT), 4096),
     "max_window_layers": read(whole(0), 62),
     "layer_types": read(null_or(list_of(TEXT)), None),
-    "use_sliding_window": inert(FLAG),  # not of this class, which asks for sliding_window only
+    # Not of this class, but in files.
+    "use_sliding_window": inert(FLAG),  # it asks for sliding_window only
+    "moe_layer_freq": unless_set(1),
+    "pretraining_tp": inert(COUNT),
+    "scoring_func": unless_set("noaux_tc", "sigmoid"),
 }
 
 

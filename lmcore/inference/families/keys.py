@@ -158,7 +158,8 @@ COMMON: dict[str, Key] = {
     "torchscript": unless_set(False),
     "use_bfloat16": unless_set(False),
     "_attn_implementation_autoset": inert(FLAG),
-    # Marks of programs that fine-tune.
+    # Marks of other programs.
+    "transformers.js_config": inert(OBJECT),
     "unsloth_fixed": inert(FLAG),
     "unsloth_version": inert(TEXT),
 }

@@ -27,6 +27,7 @@ KEYS = keys.decoder(
     "use_sliding_window": unless_set(False),
     "rope_interleaved": unless_set(False),
     "is_llama_config": inert(FLAG),
+    "max_sequence_length": inert(COUNT),
 }
 
 

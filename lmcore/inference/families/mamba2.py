@@ -15,6 +15,7 @@ from lmcore.inference.families.keys import (
     COUNT,
     FLAG,
     MOST_LAYERS,
+    TEXT,
     Key,
     Kind,
     Reading,
@@ -58,6 +59,9 @@ KEYS = COMMON | {
     # Not of this class, but in released files: it always norms, after the gate, whatever the second says.
     "rms_norm": unless_set(True),
     "norm_before_gate": inert(FLAG),
+    "intermediate_size": inert(COUNT),
+    "time_step_init_scheme": inert(TEXT),
+    "time_step_scale": inert(number(high=1e6)),
     # How a new model is drawn.
     "rescale_prenorm_residual": fixed(False, written=False),  # true: transformers scales what it has loaded
     "time_step_rank": inert(Kind(lambda v: v == "auto" or COUNT.holds(v), f'"auto" or {COUNT.says}')),

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmcore.inference.families import keys, tensors
 from lmcore.inference.families.family import Family
-from lmcore.inference.families.keys import COUNT, FLAG, Reading, inert, null_or, read, whole
+from lmcore.inference.families.keys import COUNT, FLAG, Reading, inert, null_or, read, unless_set, whole
 from lmcore.model.config import LayerKind, ModelConfig
 
 KEYS = (
@@ -29,7 +29,11 @@ KEYS = (
     | {
         "use_sliding_window": read(FLAG, False),
         "sliding_window": read(null_or(COUNT), 4096),
-        "max_window_layers": inert(whole(0)),  # not of this class, but in every released file
+        # Not of this class, but in released files.
+        "max_window_layers": inert(whole(0)),
+        "qkv_bias": unless_set(False),
+        "shared_expert_intermediate_size": unless_set(0),
+        "use_qk_norm": unless_set(True),
     }
 )
 
