@@ -91,10 +91,11 @@ def export_model(
     if kind == "safetensors":
         return _export_file(out, loaded, weights, record, replace=replace)
     biased = any(bool(t.any()) for name, t in weights.items() if name.endswith("router.bias"))
+    item_size = _DTYPES[dtype].itemsize
     if family == "auto":
-        family = families.choose(config, biased=biased, drop_mtp=drop_mtp)
+        family = families.choose(config, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
     else:
-        families.require(config, family, biased=biased, drop_mtp=drop_mtp)
+        families.require(config, family, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
     if out.exists() and not (replace and (out / PROVENANCE).is_file()):
         hint = "Replace it with: --force" if (out / PROVENANCE).is_file() else "Choose another name."
         raise LmError(f"{out}: already exists.", hint=hint, code=Exit.CANNOT_CREATE)

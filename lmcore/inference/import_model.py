@@ -77,6 +77,12 @@ def import_model(
     if out.exists():
         raise LmError(f"{out}: already exists.", hint="Choose another name.", code=Exit.CANNOT_CREATE)
     found = read_model(folder, progress)
+    moe = found.model.config.moe
+    if any(layer.ffn == "e" for layer in found.model.config.layers):
+        progress.note(
+            f"trained on, its experts are balanced with model.moe.balance_weight {moe.balance_weight:g} and "
+            f"model.moe.bias_rate {moe.bias_rate:g}, without a z-loss"
+        )
     run, tokenizer = found.config, found.tokenizer
     state: dict[str, Any] = {
         "step": 0,

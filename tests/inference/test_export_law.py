@@ -149,7 +149,9 @@ def lost(config: ModelConfig, back: ModelConfig, family: str) -> list[str]:
     """Settings that a round trip loses though somebody looks at them."""
     found = [] if config.layers == back.layers else ["layers"]
     for name in leaves(ModelConfig):
-        if name in ("pattern", "ffn", "depth") or name in families.TRAINING_ONLY or unused(config, name):
+        if name in ("pattern", "ffn", "depth") or unused(config, name):
+            continue
+        if name in families.TRAINING_ONLY and (name != "moe.balance_weight" or family == "dots1"):
             continue
         if name == "gate" and config.gate == "headwise":  # becomes an elementwise one of the same rows
             continue

@@ -350,3 +350,20 @@ def test_the_command_offers_every_family() -> None:
     from lmcore.tools.export import Family
 
     assert [choice.value for choice in Family] == ["auto", *families.FAMILIES]
+
+
+def test_widths_that_transformers_cannot_multiply_are_named_by_number_format() -> None:
+    moe = MOE | {"d_expert": 12}
+    config = ModelConfig(vocab_size=250, d_model=64, num_layers=2, num_heads=4, ffn="e", moe=moe)
+    assert families.choose(config) == "qwen3_moe"
+    with pytest.raises(LmError, match=r"moe\.d_expert: 12 .* multiple of 8"):
+        families.choose(config, item_size=2)
+
+
+def test_experts_are_trained_on_as_their_configuration_says() -> None:
+    moe = MOE | {"balance_weight": 0.02, "z_weight": 1e-3}
+    config = ModelConfig(vocab_size=250, d_model=64, num_layers=2, num_heads=4, ffn="e", moe=moe)
+    hf = families.to_hf_config(config, "qwen3_moe")
+    assert hf["router_aux_loss_coef"] == 0.02
+    back = families.from_hf_config(hf | {"router_aux_loss_coef": 0.5}, "config.json")[1].moe
+    assert (back.balance_weight, back.z_weight, back.bias_rate) == (0.5, 0.0, 0.0)

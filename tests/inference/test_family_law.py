@@ -261,6 +261,7 @@ def other_values(value: Any) -> Iterator[Any]:
     if isinstance(value, str):
         yield value.upper()
     if isinstance(value, list):
+        yield [int(v) if v == 0 else v for v in value]
         yield from (value[:-1], value + value[:1], value[::-1], [*value[:-1], None], [*value[:-1], "chunked_attention"])
         yield from ([kind] * len(value) for kind in ("full_attention", "sliding_attention", "mamba", "attention"))
     if isinstance(value, dict):

@@ -61,7 +61,7 @@ TRAINING_ONLY = frozenset(
 )
 """Settings of ours that change nothing that a trained model computes. A family that has a place for one uses it."""
 
-_EXPERT_WIDTH = 8  # their grouped product wants rows of 16 bytes, in bf16 too
+_EXPERT_ROW_BYTES = 16  # rows of matrices in their grouped product are multiples of it
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,10 +83,12 @@ class TensorLike(Protocol):
 # ---------------------------------------------------------------------------------------- which family
 
 
-def obstacles(config: ModelConfig, family: str, *, biased: bool = False, drop_mtp: bool = False) -> list[str]:
+def obstacles(
+    config: ModelConfig, family: str, *, biased: bool = False, drop_mtp: bool = False, item_size: int = 4
+) -> list[str]:
     """What keeps a family from carrying a model, in the names of our settings; empty when it can.
 
-    biased: whether some router's selection bias is not zero.
+    biased: whether some router's selection bias is not zero. item_size: bytes of a number of the weights.
     """
     row, found = _TABLE[family], []
     mixers = {layer.mixer for layer in config.layers}
@@ -105,15 +107,22 @@ def obstacles(config: ModelConfig, family: str, *, biased: bool = False, drop_mt
             found.append(f"qk_norm: {'true' if config.qk_norm else 'false'}")
         if (config.gate != "none") != row.gated:
             found.append(f"gate: {config.gate}")
-    narrow = min((size for size in (config.moe.d_expert, config.d_model) if size % _EXPERT_WIDTH), default=0)
-    if "e" in ffns and narrow:
-        found.append(f"experts of width {narrow} (moe.d_expert and d_model must be multiples of {_EXPERT_WIDTH} there)")
+    multiple = _EXPERT_ROW_BYTES // item_size
+    odd = [
+        f"{n}: {size}"
+        for n, size in (("moe.d_expert", config.moe.d_expert), ("d_model", config.d_model))
+        if size % multiple
+    ]
+    if "e" in ffns and odd:
+        found.append(f"{odd[0]} (beside experts it must be a multiple of {multiple} there, in this number format)")
     return found + row.obstacles(config, biased)
 
 
-def choose(config: ModelConfig, *, biased: bool = False, drop_mtp: bool = False) -> str:
+def choose(config: ModelConfig, *, biased: bool = False, drop_mtp: bool = False, item_size: int = 4) -> str:
     """The first family that carries a model; LmError (2) that names the obstacles of the nearest one."""
-    reasons = {name: obstacles(config, name, biased=biased, drop_mtp=drop_mtp) for name in FAMILIES}
+    reasons = {
+        name: obstacles(config, name, biased=biased, drop_mtp=drop_mtp, item_size=item_size) for name in FAMILIES
+    }
     for name, found in reasons.items():
         if not found:
             return name
@@ -124,11 +133,13 @@ def choose(config: ModelConfig, *, biased: bool = False, drop_mtp: bool = False)
     raise _refusal(nearest, reasons[nearest], "no family of transformers carries this model; the nearest, ")
 
 
-def require(config: ModelConfig, family: str, *, biased: bool = False, drop_mtp: bool = False) -> None:
+def require(
+    config: ModelConfig, family: str, *, biased: bool = False, drop_mtp: bool = False, item_size: int = 4
+) -> None:
     """LmError (2) when a family does not exist or cannot carry a model."""
     if family not in FAMILIES:
         raise LmError(f"{family}: no family of this name is known.", hint=f"Choose one of: {', '.join(FAMILIES)}.")
-    if found := obstacles(config, family, biased=biased, drop_mtp=drop_mtp):
+    if found := obstacles(config, family, biased=biased, drop_mtp=drop_mtp, item_size=item_size):
         raise _refusal(family, found, "")
 
 

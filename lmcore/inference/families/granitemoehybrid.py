@@ -2,7 +2,7 @@
 normalised over the chosen ones, shared experts. T/models/granitemoehybrid/{configuration,modeling}_granitemoehybrid.py.
 
 A dense feed-forward is their shared expert without routed ones. At least one layer must be attention: their cache asks
-the first such layer for its length. Groups of Mamba heads are normed one by one, as transformers does since 5.
+the first such layer for its length. Groups of Mamba heads are normed as in mamba2.py.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ COUNT = whole()
 ANY_NUMBER = Kind(lambda v: type(v) in (int, float) and abs(v) <= _MOST, "a number")
 TOKEN = whole(-1)  # -1 is how some say "none"
 THETA = number(high=float(1 << 53), whole_too=True)
-DTYPE = Kind(lambda v: v in ("float32", "bfloat16", "float16", None), "float32, bfloat16 or float16")
+DTYPE = Kind(
+    lambda v: v in ("float32", "bfloat16", "float16", "float64", None), "float32, bfloat16, float16 or float64"
+)
 LABELS = Kind(
     lambda v: type(v) is dict and all(_SMALL.fullmatch(str(k)) and type(x) is str for k, x in v.items()),
     "an object of texts by number",
@@ -214,8 +216,8 @@ def _first(items: list[str], most: int = 10) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal and of one type: 0 is not false, 1 is not 1.0."""
-    return type(a) is type(b) and bool(a == b)
+    """Equal and of one type, inside of lists, too: 0 is not false, 1 is not 1.0."""
+    return bool(a == b) and repr(a) == repr(b)
 
 
 def shown(value: Any) -> str:

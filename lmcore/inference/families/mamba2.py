@@ -1,6 +1,6 @@
 """mamba2: Mamba-2 only, without feed-forwards. T/models/mamba2/{configuration,modeling}_mamba2.py.
 
-Groups of heads are normed one by one, as transformers does since 5.
+Groups of heads are normed one by one, as transformers 5.23 does; older versions may norm over the whole width.
 """
 
 from __future__ import annotations
