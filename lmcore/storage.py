@@ -346,11 +346,12 @@ _fork_hook: list[bool] = []
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: PathLike, *, limit: int = 64 << 20, follow_links: bool = True) -> Any:
+def read_json(path: PathLike, *, limit: int = 64 << 20, follow_links: bool = True, infinity: bool = False) -> Any:
     """Parse a JSON file of at most `limit` bytes.
 
     The laxities of the usual parser are refused: NaN, numbers beyond the range of a float, duplicate keys, lone
-    surrogates, anything but UTF-8. Pass follow_links=False for files that we made ourselves.
+    surrogates, anything but UTF-8. Pass follow_links=False for files that we made ourselves. infinity: the word
+    `Infinity` is a number, as Python programs write it.
     """
     path = Path(path)
     try:
@@ -362,7 +363,7 @@ def read_json(path: PathLike, *, limit: int = 64 << 20, follow_links: bool = Tru
     if len(raw) > limit:
         raise LmError(f"{path}: larger than {format_bytes(limit)}; this is not a file of ours.", code=Exit.DATA)
     try:
-        return _parse_json(raw)
+        return _parse_json(raw, _infinity if infinity else None)
     except (ValueError, RecursionError) as error:
         raise LmError(f"{path}: not valid JSON ({error}).", code=Exit.DATA) from error
 
@@ -612,11 +613,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _parse_json(raw: bytes) -> Any:
+def _parse_json(raw: bytes, constant: Callable[[str], Any] | None = None) -> Any:
     """Strict JSON; raises ValueError or RecursionError."""
     value = json.loads(
         raw.decode("utf-8"),
-        parse_constant=_refuse_constant,
+        parse_constant=constant or _refuse_constant,
         parse_float=_finite,
         object_pairs_hook=_unique_keys,
     )
@@ -630,6 +631,10 @@ def _parse_json(raw: bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _infinity(name: str) -> Any:
+    return math.inf if name == "Infinity" else _refuse_constant(name)
 
 
 def _finite(text: str) -> float:

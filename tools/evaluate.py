@@ -34,7 +34,8 @@ def command(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Runs or checkpoints; default: the run that was trained last. Several are compared by document.",
+            help="Runs, checkpoints, or directories of transformers models; default: the run that was trained last. "
+            "Several are compared by document.",
             show_default=False,
         ),
     ] = None,
@@ -189,10 +190,10 @@ class _Result:
 def _load(path: Path, device: str, precision: Precision) -> LoadedModel:
     import torch
 
-    from lmcore.training.checkpoint import load_model
+    from lmcore.inference.import_model import open_model
 
     dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[precision]
-    return load_model(path, device=device, dtype=dtype, skipped=ui.say)
+    return open_model(path, device=device, dtype=dtype, skipped=ui.say)
 
 
 def _views(loaded: LoadedModel, data: Sequence[Path] | None) -> list[Path]:

@@ -25,6 +25,7 @@ class Family(enum.StrEnum):
 
     auto = "auto"
     llama = "llama"
+    mistral = "mistral"
     qwen3 = "qwen3"
     qwen3_moe = "qwen3_moe"
     dots1 = "dots1"

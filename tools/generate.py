@@ -101,7 +101,7 @@ def command(
         typer.Option(
             "--checkpoint",
             "-c",
-            help="Run or checkpoint; default: the run that was trained last.",
+            help="Run, checkpoint, or directory of a transformers model; default: the run that was trained last.",
             rich_help_panel=RUN,
             show_default=False,
         ),
@@ -255,12 +255,12 @@ def _build(model: type[SamplingConfig], **values: Any) -> SamplingConfig:
 
 
 def _load(path: Path, device: str, precision: Precision, quiet: bool) -> LoadedModel:
-    from lmcore.training.checkpoint import load_model
+    from lmcore.inference.import_model import open_model
     from lmcore.training.device import resolve_device, resolve_dtype
 
     where = resolve_device(device)
     chosen, _ = resolve_dtype(precision.value, where)
-    loaded = load_model(path, device=where, dtype=chosen, skipped=ui.say)
+    loaded = open_model(path, device=where, dtype=chosen, skipped=ui.say)
     if not quiet:
         ui.say(
             f"{loaded.path}, step {loaded.state.get('step', '?')}, {where.type}, {str(chosen).removeprefix('torch.')}"

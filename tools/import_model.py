@@ -23,8 +23,10 @@ def command(
 ) -> None:
     """Make a run of an existing model: evaluate it, sample from it, train it further.
 
-    Reads llama, mistral, qwen3, qwen3_moe, dots1, qwen3_next, granitemoehybrid and mamba2 from safetensors. What our
-    models do not have (biases, scaled rotary angles, ...) is refused by name.
+    Reads llama, mistral, qwen3, qwen3_moe, dots1, qwen3_next, granitemoehybrid and mamba2 from safetensors. The model
+    computes what transformers computes: what ours do not have (biases, scaled rotary angles, ...), and every key of
+    config.json that is not known, is refused by name. lm generate and lm eval read such a directory without this
+    command.
 
     Examples:
 

@@ -1,6 +1,6 @@
 """A trained model for other programs: a Hugging Face directory, or one safetensors file.
 
-    OUT/config.json, generation_config.json     architecture (families.py) and how it is sampled from
+    OUT/config.json, generation_config.json     architecture (families/) and how it is sampled from
     OUT/model.safetensors                       weights under the family's names
     OUT/tokenizer.json, tokenizer_config.json   the tokenizer, unchanged
     OUT/README.md                               model card: what it is, what it was trained on, how it did
@@ -31,6 +31,7 @@ from lmcore.data.manifest import MANIFEST, read_manifest
 from lmcore.errors import Exit, LmError
 from lmcore.inference import families
 from lmcore.inference.model_card import model_card
+from lmcore.inference.provenance import FORMAT, PROVENANCE
 from lmcore.model.model import LanguageModel
 from lmcore.progress import SILENT, Progress
 from lmcore.training import checkpoint as checkpoints
@@ -40,8 +41,6 @@ from lmcore.training.checkpoint import LoadedModel, model_tensors
 if TYPE_CHECKING:
     from lmcore.data.tokenizer import Tokenizer
 
-FORMAT = "lmshards-export/1"
-PROVENANCE = "lmshards.json"
 CHECK_TOLERANCE = 1e-4  # largest logit difference, relative to the largest logit
 
 Kind = Literal["hf", "safetensors"]
@@ -92,10 +91,11 @@ def export_model(
     if kind == "safetensors":
         return _export_file(out, loaded, weights, record, replace=replace)
     biased = any(bool(t.any()) for name, t in weights.items() if name.endswith("router.bias"))
+    item_size = _DTYPES[dtype].itemsize
     if family == "auto":
-        family = families.choose(config, biased=biased, drop_mtp=drop_mtp)
+        family = families.choose(config, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
     else:
-        families.require(config, family, biased=biased, drop_mtp=drop_mtp)
+        families.require(config, family, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
     if out.exists() and not (replace and (out / PROVENANCE).is_file()):
         hint = "Replace it with: --force" if (out / PROVENANCE).is_file() else "Choose another name."
         raise LmError(f"{out}: already exists.", hint=hint, code=Exit.CANNOT_CREATE)

@@ -18,19 +18,48 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, PLAN, Manifest, read_manifest
-from lmcore.errors import LmError
+from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.inference.provenance import PROVENANCE, Provenance, Recorded, Sha256, as_record, read_provenance
 from lmcore.progress import SILENT, Progress
 
 State = Literal["holds", "broken", "away"]
-PROVENANCE = "lmshards.json"
 _SHOWN_SOURCES = 5
+
+
+class _Loss(Recorded):
+    loss: float | None = None
+
+
+class _Source(Recorded):
+    path: str = ""
+    dataset_id: str | None = None
+
+
+class _ImportedFrom(Recorded):
+    path: str = ""
+    family: str | None = None
+    config_sha256: Sha256 | None = None
+    weights: dict[str, Sha256] = Field(default_factory=dict)
+
+
+class _TrainingState(Recorded):
+    """What is asked of a checkpoint's state.json here."""
+
+    step: int | None = None
+    tokens: int | None = None
+    samples: int | None = None
+    validation: _Loss | None = None
+    sources: list[_Source] = Field(default_factory=list)
+    imported_from: _ImportedFrom | None = None
 
 
 @dataclass
@@ -110,51 +139,54 @@ def _guarded(kind: str, path: Path, make: Any) -> Artefact:
 
 
 def _export(path: Path, quick: bool, progress: Progress) -> Artefact:
-    record = storage.read_json(path / PROVENANCE)
-    record = record if isinstance(record, dict) else {}
+    record = read_provenance(path / PROVENANCE)
     identity = storage.sha256_file(path / PROVENANCE)
     found = Artefact("export", os.fspath(path), identity, _export_facts(record))
-    files = record.get("files")
-    for name, entry in (files if isinstance(files, dict) else {}).items():
+    for name, entry in record.files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not os.path.isfile(file):
             found.state, found.problem = "broken", f"{name} is missing"
-        elif file.stat().st_size != entry["bytes"] or storage.sha256_file(file) != entry["sha256"]:
+        elif os.path.getsize(file) != entry.bytes or storage.sha256_file(file) != entry.sha256:
             found.state, found.problem = "broken", f"{name} has changed since it was exported"
     found.parents = _export_parents(record, quick, progress)
     return found
 
 
 def _model_file(path: Path, quick: bool, progress: Progress) -> Artefact:
-    """A single safetensors file, ours or another's."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, 64 << 20)))
-            metadata = header.get("__metadata__") or {}
-            record = json.loads(metadata.get("lmshards", "{}"))
-        except (ValueError, AttributeError, RecursionError):
-            raise LmError(f"{path}: not a safetensors file.") from None
+    """A single safetensors file, ours or another's. LmError (2) for any other file of that name."""
+    from lmcore.training import tensors
+
+    try:
+        with tensors.open_plain(path.resolve()) as file:
+            entries, metadata = tensors.read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
+    except LmError as error:
+        raise LmError(error.message) from error
+    except OSError as error:
+        raise from_os_error(error, path, "read") from error
+    try:
+        record = as_record(Provenance, json.loads(metadata.get("lmshards", "{}")), f"{path}: its metadata")
+    except (ValueError, RecursionError) as error:
+        raise LmError(f"{path}: its metadata is not JSON.", code=Exit.DATA) from error
     found = Artefact("model file", os.fspath(path), storage.sha256_file(path), _export_facts(record))
-    found.facts["tensors"] = len(header) - ("__metadata__" in header)
+    found.facts["tensors"] = len(entries)
     found.parents = _export_parents(record, quick, progress)
     return found
 
 
-def _export_facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("family", "dtype", "step", "tokens")
-    return {name: record[name] for name in names if record.get(name) is not None}
+def _export_facts(record: Provenance) -> dict[str, Any]:
+    facts = {name: getattr(record, name) for name in ("family", "dtype", "step", "tokens")}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
-def _export_parents(record: Mapping[str, Any], quick: bool, progress: Progress) -> list[Artefact]:
+def _export_parents(record: Provenance, quick: bool, progress: Progress) -> list[Artefact]:
     parents = []
-    for source in record.get("checkpoints") or []:
-        path = Path(str(source.get("path")))
-        if (path / "COMMIT.json").is_file():
+    for source in record.checkpoints:
+        path = Path(source.path)
+        if os.path.isfile(path / "COMMIT.json"):
             parent = _guarded("checkpoint", path, lambda path=path: _checkpoint(path, quick, progress))
-            parents.append(_expected(parent, source.get("id"), "the export"))
+            parents.append(_expected(parent, source.id, "the export"))
         else:
-            parents.append(Artefact("checkpoint", str(path), source.get("id"), state="away", problem="not here"))
+            parents.append(Artefact("checkpoint", str(path), source.id, state="away", problem="not here"))
     return parents
 
 
@@ -190,33 +222,32 @@ def _checkpoint(path: Path, quick: bool, progress: Progress) -> Artefact:
     except LmError as error:
         found.state, found.problem = "broken", error.message
         return found
-    state = storage.read_json(path / checkpoints.STATE)
-    found.facts = {name: state[name] for name in ("step", "tokens", "samples") if name in state}
-    if (validation := state.get("validation") or {}).get("loss") is not None:
-        found.facts["validation_loss"] = validation["loss"]
-    for source in state.get("sources") or []:
-        place = Path(str(source.get("path")))
-        if (place / MANIFEST).is_file():
+    state = as_record(_TrainingState, storage.read_json(path / checkpoints.STATE), os.fspath(path / checkpoints.STATE))
+    facts = {name: getattr(state, name) for name in ("step", "tokens", "samples")}
+    found.facts = {name: value for name, value in facts.items() if value is not None}
+    if state.validation is not None and state.validation.loss is not None:
+        found.facts["validation_loss"] = state.validation.loss
+    for source in state.sources:
+        place = Path(source.path)
+        if os.path.isfile(place / MANIFEST):
             parent = _guarded("view", place, lambda place=place: _data(place, quick, progress))
-            found.parents.append(_expected(parent, source.get("dataset_id"), "the checkpoint"))
+            found.parents.append(_expected(parent, source.dataset_id, "the checkpoint"))
         else:
-            found.parents.append(
-                Artefact("view", str(place), source.get("dataset_id"), state="away", problem="not here")
-            )
-    if isinstance(imported := state.get("imported_from"), dict):
-        found.parents.append(_imported(imported))
+            found.parents.append(Artefact("view", str(place), source.dataset_id, state="away", problem="not here"))
+    if state.imported_from is not None:
+        found.parents.append(_imported(state.imported_from))
     return found
 
 
-def _imported(record: Mapping[str, Any]) -> Artefact:
-    path = Path(str(record.get("path")))
-    found = Artefact("imported model", str(path), record.get("config_sha256"), {"family": record.get("family")})
-    if not (path / "config.json").is_file():
+def _imported(record: _ImportedFrom) -> Artefact:
+    path = Path(record.path)
+    found = Artefact("imported model", str(path), record.config_sha256, {"family": record.family})
+    if not os.path.isfile(path / "config.json"):
         found.state, found.problem = "away", "not here"
         return found
-    wanted = {"config.json": record.get("config_sha256")} | dict(record.get("weights") or {})
+    wanted = {"config.json": record.config_sha256} | dict(record.weights)
     for name, sha256 in wanted.items():
-        if not (path / name).is_file() or storage.sha256_file(path / name) != sha256:
+        if not os.path.isfile(path / name) or storage.sha256_file(path / name) != sha256:
             found.state, found.problem = "broken", f"{name} has changed since it was imported"
     return found
 
@@ -292,7 +323,7 @@ def _sources(path: Path, quick: bool) -> Artefact:
         local = Path(unit.path)
         if unit.is_remote or unit.path == "-":
             remote += 1
-        elif not local.is_file():
+        elif not os.path.isfile(local):
             gone.append(unit.path)
         else:
             size = local.stat().st_size

@@ -216,6 +216,12 @@ def newest(run: str | os.PathLike[str], *, skipped: Callable[[str], None] | None
     return None
 
 
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a run directory or a checkpoint, sound or not."""
+    path = Path(path)
+    return (path / COMMIT).is_file() or step_of(path) is not None or (path / CHECKPOINTS).is_dir()
+
+
 def find_run(runs: str | os.PathLike[str] = "runs") -> Path:
     """The run that was trained last under a directory of runs (by its newest checkpoint's time of writing)."""
     runs = Path(runs)

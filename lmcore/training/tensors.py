@@ -29,6 +29,7 @@ from lmcore.errors import Exit, LmError, from_os_error
 
 MAX_HEADER_BYTES = 16 << 20
 _COPY_BYTES = 64 << 20
+_MOST_DIMENSIONS = 16  # their product must not take time of its own
 
 _NAMES = {
     torch.float64: "F64",
@@ -116,17 +117,18 @@ def read_header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Tensor
         raise broken("its metadata are not texts by name")
     entries: dict[str, TensorEntry] = {}
     for name, item in header.items():
+        shown = repr(name[:100])
         try:
             dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
             start, stop = item["data_offsets"]
             numbers = (*shape, start, stop)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise broken(f"the entry of {name!r} is incomplete or of an unknown type") from error
-        if len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
-            raise broken(f"the entry of {name!r} has an impossible number")
+            raise broken(f"the entry of {shown} is incomplete or of an unknown type") from error
+        if len(shape) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+            raise broken(f"the entry of {shown} has an impossible number")
         count = math.prod(shape)
         if stop - start != count * dtype.itemsize or 8 + length + stop > size:
-            raise broken(f"the entry of {name!r} does not fit its shape or the file")
+            raise broken(f"the entry of {shown} does not fit its shape or the file")
         entries[name] = TensorEntry(dtype, shape, 8 + length + start, stop - start)
     spans = sorted((e.start, e.start + e.bytes) for e in entries.values() if e.bytes)
     at = 8 + length

@@ -26,10 +26,14 @@ MAMBA = {"d_state": 16, "head_dim": 16}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"qk_norm": False}),
     "llama-untied": ("llama", {"qk_norm": False, "tie_embeddings": False, "head_dim": 32}),
+    "mistral": ("mistral", {"qk_norm": False, "pattern": "W", "window": 8}),
+    # llama's class refuses heads that do not divide the width.
+    "mistral-heads": ("mistral", {"qk_norm": False, "num_heads": 3, "num_kv_heads": 1, "head_dim": 16}),
     "qwen3": ("qwen3", {}),
     "qwen3-windows": ("qwen3", {"pattern": "AW", "window": 8}),
     "qwen3_moe": ("qwen3_moe", {"ffn": "de", "moe": MOE}),
     "qwen3_moe-raw-weights": ("qwen3_moe", {"ffn": "e", "moe": MOE | {"route_norm": False}}),
+    "qwen3_moe-windows": ("qwen3_moe", {"ffn": "de", "moe": MOE, "pattern": "W", "window": 8}),
     "dots1": ("dots1", {"ffn": "ddee", "moe": SIGMOID | {"num_shared": 1, "route_scale": 1.7}}),
     "dots1-no-shared": ("dots1", {"ffn": "e", "moe": SIGMOID}),
     "qwen3_next": ("qwen3_next", {"gate": "elementwise"}),
@@ -44,7 +48,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         {"ffn": "e", "moe": MOE | {"num_shared": 1}, "qk_norm": False},
     ),
+    "granitemoehybrid-groups": (
+        "granitemoehybrid",
+        {"pattern": "AM", "qk_norm": False, "mamba": MAMBA | {"num_groups": 4}},
+    ),
     "mamba2": ("mamba2", {"pattern": "M", "ffn": "-", "mamba": MAMBA}),
+    "mamba2-groups": ("mamba2", {"pattern": "M", "ffn": "-", "mamba": MAMBA | {"num_groups": 4}}),
 }
 
 
@@ -105,8 +114,8 @@ def test_transformers_computes_the_same_logits(row: str, tmp_path: Path) -> None
         ({"depth": "-m"}, "Mixture-of-Depths"),
         ({"mtp": {"depths": 1}}, "multi-token heads"),
         ({"pattern": "AM", "mamba": MAMBA}, "qk_norm: true"),
-        ({"pattern": "AM", "qk_norm": False, "mamba": MAMBA | {"num_groups": 2}}, "mamba.num_groups 2"),
-        ({"pattern": "W", "window": 8, "qk_norm": False}, "qk_norm: false"),
+        ({"pattern": "M", "qk_norm": False, "mamba": MAMBA}, "no attention layer"),
+        ({"pattern": "AW", "window": 8, "qk_norm": False}, "windows in some layers only"),
         ({"ffn": "d-"}, "ffn -"),
         ({"ffn": "e", "moe": SIGMOID, "gate": "headwise"}, "gate: headwise"),
         ({"ffn": "ed", "moe": SIGMOID}, "moe.score: sigmoid"),
@@ -141,7 +150,11 @@ def test_multi_token_heads_can_be_left_out() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}}, "rope_type: yarn"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type: llama3"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
-        ({"model_type": "mistral", "sliding_window": 128}, "sliding_window: 128"),
+        ({"sliding_window": 128}, "sliding_window: 128"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: linear"),
+        ({"something_new": 1}, "something_new"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is 1e-6, but must be a number"),
     ],
 )
 def test_foreign_settings_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -331,3 +344,26 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run: Path, tmp_path: Path)
     Tokenizer.train(documents(), 300).save(tmp_path / "out" / "tokenizer.json")
     with pytest.raises(LmError, match="the tokenizer has ids up to"):
         import_model(tmp_path / "out", tmp_path / "x")
+
+
+def test_the_command_offers_every_family() -> None:
+    from lmcore.tools.export import Family
+
+    assert [choice.value for choice in Family] == ["auto", *families.FAMILIES]
+
+
+def test_widths_that_transformers_cannot_multiply_are_named_by_number_format() -> None:
+    moe = MOE | {"d_expert": 12}
+    config = ModelConfig(vocab_size=250, d_model=64, num_layers=2, num_heads=4, ffn="e", moe=moe)
+    assert families.choose(config) == "qwen3_moe"
+    with pytest.raises(LmError, match=r"moe\.d_expert: 12 .* multiple of 8"):
+        families.choose(config, item_size=2)
+
+
+def test_experts_are_trained_on_as_their_configuration_says() -> None:
+    moe = MOE | {"balance_weight": 0.02, "z_weight": 1e-3}
+    config = ModelConfig(vocab_size=250, d_model=64, num_layers=2, num_heads=4, ffn="e", moe=moe)
+    hf = families.to_hf_config(config, "qwen3_moe")
+    assert hf["router_aux_loss_coef"] == 0.02
+    back = families.from_hf_config(hf | {"router_aux_loss_coef": 0.5}, "config.json")[1].moe
+    assert (back.balance_weight, back.z_weight, back.bias_rate) == (0.5, 0.0, 0.0)
