@@ -62,11 +62,21 @@ def command(
         typer.Option("--temperature", "-t", min=0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING),
     ] = 0.8,
     top_k: Annotated[
-        int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 = all.", rich_help_panel=SAMPLING)
+        int,
+        typer.Option(
+            min=0,
+            help="Draw from the k likeliest tokens and ties with the last; 0 = all, 1 = greedy.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Draw from the fewest tokens that reach this sum.", rich_help_panel=SAMPLING),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Draw from the fewest tokens that reach this sum and ties with the last.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 1.0,
     min_p: Annotated[
         float,
@@ -121,7 +131,8 @@ def command(
         bool,
         typer.Option(
             "--speculate",
-            help="One text at a time, with drafts of the model's multi-token heads; the text is the same.",
+            help="One text at a time, with drafts of the model's multi-token heads. The text is drawn as without; "
+            "rounding may decide a near-tie otherwise, in bf16 now and then.",
             rich_help_panel=RUN,
         ),
     ] = False,

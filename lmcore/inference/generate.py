@@ -350,7 +350,7 @@ class _Engine:
 
 @torch.inference_mode()
 def _speculate(engine: _Engine, row: _Row, eos_id: int | None) -> Iterator[Chunk]:
-    """One text with drafts (speculate.py): the same text as without."""
+    """One text with drafts (speculate.py), drawn as without them."""
     config = engine.config
 
     def guess(logits: Tensor, place: int) -> Tensor:

@@ -4,6 +4,10 @@ The order of the steps is the usual one, that of the logits processors of `trans
 
     repetition penalty -> temperature -> top-k -> top-p -> min-p -> renormalise -> draw
 
+Equal logits stay or go together, so that no draw depends on the order in which a sort leaves them. For top-k and min-p
+that is what `transformers` does. Its top-p keeps only some of the tokens that are equally likely at the border; here
+all of them stay. Greedy, and so top-k 1, takes the first of equally likely tokens.
+
 A draw turns a uniform number u into the first token, in the order of ids, whose cumulative probability exceeds u. The
 number u comes from a hash of (seed, prompt, sample, position), not from a generator with a state: the same seed gives
 the same text whatever else is in the batch and in which order the prompts came.
@@ -35,9 +39,9 @@ class SamplingConfig(Config):
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """Divides the logits; 0 takes the likeliest token every time (greedy)."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Only the k likeliest tokens can be drawn; 0 means all."""
+    """Only the k likeliest tokens can be drawn, and those as likely as the k-th; 0 means all, 1 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the smallest set of tokens whose probabilities reach this sum can be drawn."""
+    """Only the fewest tokens whose probabilities reach this sum can be drawn, and those as likely as the last."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Only tokens at least this fraction as likely as the likeliest can be drawn."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
@@ -80,8 +84,9 @@ def filtered(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None)
     if config.top_p < 1.0:
         logits = logits.masked_fill(logits < _top_p_threshold(logits, config.top_p), -torch.inf)
     if config.min_p > 0.0:
-        limit = logits.amax(-1, keepdim=True) + torch.log(torch.tensor(config.min_p))
-        logits = logits.masked_fill(logits < limit, -torch.inf)
+        probabilities = logits.softmax(-1)
+        limit = config.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < limit, -torch.inf)
     return logits
 
 

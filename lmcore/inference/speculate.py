@@ -1,12 +1,14 @@
-"""Self-speculation: the multi-token heads guess, the model checks several guesses in one pass, the text stays the same.
+"""Self-speculation: the multi-token heads guess, and the model checks several guesses in one pass.
 
 A pass reads the last token and the drafts t'_1 .. t'_n together and gives the model's own logits at each of these
 places. The token at a place is drawn from them exactly as without speculation, with the random number that belongs to
 the place (sampling.py). As long as it equals the draft, the next place is valid too; so a pass settles 1 to n + 1
 tokens. The drafts are drawn with the same random numbers, which makes them agree with the model far more often than
-independent draws would. Greedy or sampled, the text is the one that plain decoding writes, token for token; its
-distribution is untouched for the same reason. (Rounding may decide a near-tie otherwise when several places are
-computed at once.)
+independent draws would. Greedy or sampled, the rule by which a token follows from the logits is that of plain decoding,
+so in exact arithmetic the text is the same, token for token. What differs is rounding: several places are computed at
+once, which sums products in another order. In fp32 that changes hardly a text; in bf16 logits move by about 1 %, and
+now and then a draw that falls near the border of two tokens goes to the other one. The text goes on from there as
+another sample of the same model.
 
 Attention caches forget refused drafts by getting shorter; states of a fixed size go back to a snapshot and read the
 settled tokens again (`LanguageModel.keep_prefix`), which costs a second pass.

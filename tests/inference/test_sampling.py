@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmcore.config import build
 from lmcore.errors import LmError
-from lmcore.inference.sampling import SamplingConfig, Uniforms, distribution, draw, next_tokens
+from lmcore.inference.sampling import SamplingConfig, Uniforms, distribution, draw, filtered, next_tokens
 
 
 def logits(rows: int = 4, vocab: int = 1_000, seed: int = 0) -> torch.Tensor:
@@ -96,3 +98,53 @@ def test_uniforms_are_a_pure_function_of_their_key() -> None:
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(LmError, match=next(iter(settings))):
         build(SamplingConfig, settings)
+
+
+TIED = st.lists(st.sampled_from([0.0, 0.0, 1.0, 1.0, 2.0, -1.0, 0.5]), min_size=2, max_size=24)
+
+
+def kept(scores: torch.Tensor) -> set[int]:
+    return set(torch.isfinite(scores[0]).nonzero().flatten().tolist())
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    values=TIED,
+    top_k=st.integers(2, 12),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 0.9, 1.0]),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_ties_are_kept_as_transformers_keeps_them(
+    values: list[float], top_k: int, min_p: float, temperature: float
+) -> None:
+    """Rows full of equal logits, also all of them: the same set for top-k and min-p."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    scores = torch.tensor([values])
+    steps = [processors.TemperatureLogitsWarper(temperature), processors.TopKLogitsWarper(top_k)]
+    if min_p:
+        steps.append(processors.MinPLogitsWarper(min_p))
+    theirs = processors.LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), scores.clone())
+    assert kept(filtered(scores, SamplingConfig(temperature=temperature, top_k=top_k, min_p=min_p))) == kept(theirs)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(values=TIED, top_p=st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.77, 0.99]), top_k=st.sampled_from([0, 2, 5]))
+def test_top_p_keeps_what_transformers_keeps_and_what_is_as_likely(
+    values: list[float], top_p: float, top_k: int
+) -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    scores = torch.tensor([values])
+    steps = ([processors.TopKLogitsWarper(top_k)] if top_k else []) + [processors.TopPLogitsWarper(top_p)]
+    theirs = kept(processors.LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), scores.clone()))
+    ours = kept(filtered(scores, SamplingConfig(temperature=1.0, top_k=top_k, top_p=top_p)))
+    border = min(values[k] for k in theirs)
+    assert ours == theirs | {k for k, value in enumerate(values) if value == border}
+    assert all(value in {values[k] for k in ours} or value < border for value in values)
+
+
+def test_one_likeliest_token_is_greedy_whatever_else_is_asked() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    for more in ({}, {"top_p": 1e-9}, {"min_p": 1.0}, {"top_p": 1e-9, "min_p": 1.0, "temperature": 9.0}):
+        config = SamplingConfig(top_k=1, **more)  # type: ignore[arg-type]
+        assert next_tokens(scores, config, []).item() == 1
+        assert distribution(scores, config).tolist() == [[0.0, 1.0, 0.0, 0.0, 0.0]]
