@@ -135,9 +135,9 @@ CODES: dict[str, Code] = {
     "V024": Code(
         "error",
         "the tokens are not the document",
-        "The text decoded from a document's tokens does not hash to the content hash of the index: the shard was "
-        "made with "
-        "another tokenizer, or the index belongs to other data.",
+        "The text decoded from a document's tokens does not hash to the content hash of the index: the shard was made "
+        "with another tokenizer, or the index belongs to other data. Only tokenizers that give every text back byte for "
+        "byte are compared.",
     ),
     "V030": Code("error", "a document index is missing", f"A listed .docs.npy is not there. {_RETOKENIZE}"),
     "V031": Code(
