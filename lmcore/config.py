@@ -278,6 +278,25 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str | None = None)
         raise LmError("\n".join(sentences), code=Exit.USAGE) from None
 
 
+def same_name(given: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `given` is, by letters and digits alone: 'rtx4090' is 'RTX 4090'."""
+    wanted = _letters(given)
+    return next((name for name in names if name == given), None) or next(
+        (name for name in names if wanted and _letters(name) == wanted), None
+    )
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """'; did you mean gpt2-124m?' for the nearest of `names`, the end of a sentence when none is near."""
+    by_letters = {_letters(name): name for name in names}
+    near = difflib.get_close_matches(_letters(given), by_letters, 1, 0.6)
+    return f"; did you mean {by_letters[near[0]]}?" if near else "."
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted setting names of a config model, in order."""
     names: list[str] = []

@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     except LmError as error:
         if debug:
             raise
-        ui.print_error(error.message, error.hint)
+        if not error.told:
+            ui.print_error(error.message, error.hint)
         sys.exit(int(error.code))
     except BrokenPipeError:
         ui.leave_quietly_on_closed_pipe()
