@@ -74,6 +74,7 @@ def write_file(
     path = _named(path)
     temporary = _beside(path, TEMPORARY)
     try:
+        _unfinished.add(temporary)
         try:
             digest = _create(temporary, chunks, size, cached)
             os.replace(temporary, path)
@@ -82,6 +83,8 @@ def write_file(
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+        finally:
+            _unfinished.discard(temporary)
     except OSError as error:
         raise _write_failed(error, path, size) from error
     return digest
@@ -166,6 +169,7 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
                 f"{final}: already exists.", hint="Choose another name, or move it away.", code=Exit.CANNOT_CREATE
             )
         os.mkdir(temporary)
+        _unfinished.add(temporary)
         try:
             yield temporary
             for folder, _, _ in os.walk(temporary, onerror=_raise):
@@ -176,6 +180,8 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _unfinished.discard(temporary)
         _fsync_directory(final.parent)
     except OSError as error:
         raise _write_failed(error, final, None) from error
@@ -240,6 +246,17 @@ def sweep(directory: PathLike) -> None:
             _remove(path)
     except OSError as error:
         raise from_os_error(error, directory, "remove left-over temporaries") from error
+
+
+_unfinished: set[Path] = set()
+"""Temporaries that this process is writing."""
+
+
+def remove_unfinished() -> None:
+    """Take away what this process is still writing: it ends now."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            _remove(path)
 
 
 def fsync_directory(path: PathLike) -> None:

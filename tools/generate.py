@@ -347,7 +347,10 @@ def _text(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict
 
 def _interact(loaded: LoadedModel, config: SamplingConfig, options: dict[str, Any], echo: bool) -> None:
     """A loop of prompts; the end of input (Ctrl-D) leaves it. Ctrl-C ends a text, or the loop when no text runs."""
+    import signal
     import sys
+
+    from lmcore import interrupt
 
     ui.say("One prompt per line; Ctrl-C ends a text, Ctrl-D the session.")
     while True:
@@ -357,7 +360,11 @@ def _interact(loaded: LoadedModel, config: SamplingConfig, options: dict[str, An
         if not line:
             ui.say("")
             return
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             _stream(loaded, _without_last_newline(line), config, options, echo)
         except KeyboardInterrupt:
+            interrupt.answered()
             ui.emit()
+        finally:
+            signal.signal(signal.SIGINT, before)

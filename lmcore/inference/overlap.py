@@ -90,10 +90,10 @@ def refuse_overlap(state: Mapping[str, Any], directory: str | Path) -> list[str]
                 f"({worst.training_set}), so the result would not tell how the model does on new text."
             )
         else:
+            count = f"{worst.shared:,} of its {worst.documents:,} documents" if worst.documents else "its tokens"
             what = (
-                f"{f'{worst.shared:,} of its {worst.documents:,} documents' if worst.documents else 'its tokens'} are in "
-                f"{worst.of}, whose views are other ones now than in the training, so nobody knows which of them the "
-                "model has seen."
+                f"{count} are in {worst.of}, whose views are other ones now than in the training, so nobody knows "
+                "which of them the model has seen."
             )
         raise LmError(
             f"{directory}: {what}",

@@ -269,9 +269,13 @@ def test_the_curve_of_a_long_run_stays_small():
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("small", "lm train runs/small --preset small"), ("Tiny_MoE", "lm train runs/tiny-moe --preset tiny-moe"),
-     ("tiny.yaml", "lm train runs/tiny --preset tiny.yaml"), ("absent.yml", "lm train runs/absent --preset absent.yml")],
-)  # fmt: skip
+    [
+        ("small", "lm train runs/small --preset small"),
+        ("Tiny_MoE", "lm train runs/tiny-moe --preset tiny-moe"),
+        ("tiny.yaml", "lm train runs/tiny --preset tiny.yaml"),
+        ("absent.yml", "lm train runs/absent --preset absent.yml"),
+    ],
+)
 def test_a_preset_where_the_run_directory_belongs_is_refused_with_the_command_that_was_meant(lm, tiny, typed, meant):
     refused = lm("train", typed, "--data", "data")
     assert refused.code == 2
