@@ -195,10 +195,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+_LONE_DASH = re.compile(r"(?m)^([ \t]*[A-Za-z_]\w*:[ \t]+)-([ \t]*(?:#.*)?)$")
+"""A value that is nothing but a dash: the letter of a layer without a feed-forward, and not a list of one nothing."""
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text; `source` names it in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(_LONE_DASH.sub(r'\1"-"\2', text), Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
@@ -252,7 +256,12 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         key = key.strip()
         if not equals or not key or not all(key.split(".")):
             raise LmError(f"--set {assignment}: expected KEY=VALUE, such as --set optim.lr=3e-4.")
-        nested: Any = parse_yaml(text, f"--set {key}")
+        if not text.strip():
+            raise LmError(
+                f"--set {assignment}: no value is given; is a variable of the shell empty?",
+                hint=f"For the default leave it out, or write --set {key}=null.",
+            )
+        nested: Any = "-" if text.strip() == "-" else parse_yaml(text, f"--set {key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = merge(result, nested)

@@ -637,9 +637,9 @@ def _parse_json(raw: bytes) -> Any:
         parse_float=_finite,
         object_pairs_hook=_unique_keys,
     )
-    if b"\\ud" in raw.lower():  # perhaps half of a surrogate pair, which no file or terminal can take
+    if b"\\ud" in raw.lower():  # perhaps half of a surrogate pair: only names of files that are no UTF-8 hold them
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         except UnicodeEncodeError:
             raise ValueError("a text holds half of a surrogate pair") from None
     return value

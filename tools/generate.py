@@ -165,12 +165,12 @@ def command(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
+        stop=tuple(ui.typed_text(text) for text in stop or ()),
         samples=samples,
         seed=seed,
         logprobs=logprobs,
     )
-    prompts = _prompts(prompt or [], file or [])
+    prompts = _prompts([ui.typed_text(text) for text in prompt or []], file or [])
     ask = interactive or (not prompts and sys.stdin.isatty())
     if not prompts and not ask:
         prompts = [_without_last_newline(_read("-"))]
@@ -356,7 +356,7 @@ def _interact(loaded: LoadedModel, config: SamplingConfig, options: dict[str, An
     while True:
         sys.stderr.write("> ")
         sys.stderr.flush()
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line:
             ui.say("")
             return

@@ -562,7 +562,6 @@ class _Run:
             "step": self.step,
             "kind": "train",
             "tokens": self.sample * length,
-            "epoch": self._epoch(),
             "loss": numbers.loss,
             "grad_norm": numbers.grad_norm,
             "lr": self.optimizer.lr(self.step - 1),
@@ -582,6 +581,8 @@ class _Run:
                 for name, total, rows in zip(self.data.samples.names, numbers.sources, batch.source_rows, strict=True)
                 if rows  # a small step may hold no row of a rare source
             }
+        if not isinstance(self.data.samples, TextStream):  # nobody knows how long a text is before its end
+            record["epoch"] = self.data.samples.epoch_of(self.sample)
         if self.scale.enabled:
             record["loss_scale"] = self.scale.scale
         if skipped:
@@ -605,10 +606,6 @@ class _Run:
         self.run.log(record)
         self.trackers.log(record)
         self.observer.step(record)
-
-    def _epoch(self) -> float:
-        samples = self.data.samples
-        return float(samples.epoch) if isinstance(samples, TextStream) else samples.epoch_of(self.sample)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self.world.main:
