@@ -31,7 +31,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,10 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
             raise LmError(
                 f"{final}: already exists.", hint="Choose another name, or move it away.", code=Exit.CANNOT_CREATE
             )
+        _sweep_dead(final)
         os.mkdir(temporary)
         _unfinished.add(temporary)
+        alive = _hold(temporary)
         try:
             yield temporary
             for folder, _, _ in os.walk(temporary, onerror=_raise):
@@ -182,6 +184,7 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
             raise
         finally:
             _unfinished.discard(temporary)
+            _let_go(alive)
         _fsync_directory(final.parent)
     except OSError as error:
         raise _write_failed(error, final, None) from error
@@ -246,6 +249,23 @@ def sweep(directory: PathLike) -> None:
             _remove(path)
     except OSError as error:
         raise from_os_error(error, directory, "remove left-over temporaries") from error
+
+
+def require_same(path: PathLike, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """LmError (73) that names what differs between how `path` was made and how it is asked for now."""
+    differing = [key for key in {**made, **asked} if made.get(key) != asked.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} was {_brief(made.get(key))}, is {_brief(asked.get(key))}" for key in differing[:3])
+        raise LmError(
+            f"{path}: already exists, and was made with other inputs: {shown}.",
+            hint="Choose another name, or move it away.",
+            code=Exit.CANNOT_CREATE,
+        )
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 _unfinished: set[Path] = set()
@@ -427,6 +447,38 @@ def _beside(path: Path, prefix: str) -> Path:
     """A name of ours in the same directory. The token keeps processes of equal number on two hosts apart."""
     name = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # names end at 255 bytes
     return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}-{name}")
+
+
+def _hold(temporary: Path) -> int | None:
+    """Lock a directory that is being written, so that others can see that its writer lives; None where that fails."""
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    _close_in_children(descriptor)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _let_go(descriptor: int | None) -> None:
+    if descriptor is not None and descriptor in _held:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _sweep_dead(final: Path) -> None:
+    """Remove what killed writers of the same directory left beside it."""
+    ending = _beside(final, "").name.split("-", 2)[2]
+    for name in os.listdir(final.parent):
+        if _OURS.fullmatch(name) and name.split("-", 3)[3] == ending:
+            with contextlib.suppress(OSError):  # held by a living writer, or gone
+                descriptor = os.open(final.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(final.parent / name)
+                finally:
+                    os.close(descriptor)
 
 
 def _is_empty_directory(path: Path) -> bool:

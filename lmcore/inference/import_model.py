@@ -11,6 +11,7 @@ A name that is no directory is looked up on the Hugging Face Hub (HF_ENDPOINT an
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class ImportReport:
     config: ModelConfig
     tokenizer: str | None
     """Name of the tokenizer, None when there was none to read."""
+    unchanged: bool = False
+    """Whether the same call had made it before."""
 
 
 def import_model(
@@ -55,8 +58,6 @@ def import_model(
     65 for broken files, 73 when `out` exists."""
     folder = _find(source, progress)
     out = Path(out)
-    if out.exists():
-        raise LmError(f"{out}: already exists.", hint="Choose another name.", code=Exit.CANNOT_CREATE)
     hf = storage.read_json(folder / "config.json")
     if not isinstance(hf, dict):
         raise LmError(f"{folder / 'config.json'}: an object is expected.", code=Exit.DATA)
@@ -82,14 +83,39 @@ def import_model(
         },
     }
     definition = tokenizer.to_json() if tokenizer is not None else None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report = ImportReport(out, family, parameters, config, tokenizer.name if tokenizer is not None else None)
+    if out.exists():
+        storage.require_same(out, _origin(_state_of(out)), _origin(state))
+        return dataclasses.replace(report, unchanged=True)
     snapshot = checkpoints.Snapshot(0, checkpoints.model_tensors(model), {}, state, run.to_yaml().encode(), definition)
     with storage.commit_directory(out) as place:
         checkpoints.save(place / checkpoints.CHECKPOINTS, snapshot)
         if definition is not None:
             storage.create_file(place / rundir.TOKENIZER, definition)
         storage.create_file(place / rundir.CONFIG, run.to_yaml().encode())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ImportReport(out, family, parameters, config, tokenizer.name if tokenizer is not None else None)
+    return report
+
+
+def _state_of(out: Path) -> dict[str, Any]:
+    """The state of an imported model that was not trained on; empty for anything else."""
+    path = out / checkpoints.CHECKPOINTS / checkpoints.step_name(0)
+    try:
+        checkpoints.verify(path)
+        state = storage.read_json(path / checkpoints.STATE)
+    except LmError:
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _origin(state: Mapping[str, Any]) -> dict[str, Any]:
+    imported = state.get("imported_from") or {}
+    return {
+        "family": imported.get("family"),
+        "config.json": imported.get("config_sha256"),
+        "weights": imported.get("weights"),
+        "tokenizer": state.get("tokenizer_sha256"),
+    }
 
 
 # ---------------------------------------------------------------------------------------- reading
