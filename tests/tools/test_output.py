@@ -79,6 +79,7 @@ def commands(name: bytes) -> list[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some sixty processes
 @pytest.mark.parametrize("locale", LOCALES)
 def test_every_command_speaks_in_every_locale(here: tuple[Path, bytes], locale: str) -> None:
     place, name = here
@@ -96,6 +97,7 @@ def test_every_command_speaks_in_every_locale(here: tuple[Path, bytes], locale: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some sixty processes
 @pytest.mark.parametrize("end", ["| head -c 1 >/dev/null", "| true", ">&-", "2>&-", ">&- 2>&-", "2>&1 | true", "<&-"])
 def test_every_command_survives_whoever_leaves(here: tuple[Path, bytes], end: str) -> None:
     place, name = here
