@@ -171,8 +171,9 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
         _sweep_dead(final)
         os.mkdir(temporary)
         _unfinished.add(temporary)
-        alive = _hold(temporary)
+        alive = None
         try:
+            alive = _hold(temporary)
             yield temporary
             for folder, _, _ in os.walk(temporary, onerror=_raise):
                 _fsync_directory(folder)
@@ -449,15 +450,20 @@ def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}-{name}")
 
 
-def _hold(temporary: Path) -> int | None:
-    """Lock a directory that is being written, so that others can see that its writer lives; None where that fails."""
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
+"""How file systems say that a directory cannot be locked."""
+
+
+def _hold(temporary: Path) -> int:
+    """Lock a directory that is being written, so that others can see that its writer lives."""
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     _close_in_children(descriptor)
-    with contextlib.suppress(OSError):
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            _let_go(descriptor)
+            raise
     return descriptor
 
 
@@ -472,13 +478,18 @@ def _sweep_dead(final: Path) -> None:
     ending = _beside(final, "").name.split("-", 2)[2]
     for name in os.listdir(final.parent):
         if _OURS.fullmatch(name) and name.split("-", 3)[3] == ending:
-            with contextlib.suppress(OSError):  # held by a living writer, or gone
+            try:
                 descriptor = os.open(final.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _remove(final.parent / name)
-                finally:
-                    os.close(descriptor)
+            except (FileNotFoundError, NotADirectoryError):  # finished meanwhile, or a file
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(final.parent / name)
+            except OSError as error:
+                if not isinstance(error, BlockingIOError | FileNotFoundError) and error.errno not in _NO_LOCKS:
+                    raise
+            finally:
+                os.close(descriptor)
 
 
 def _is_empty_directory(path: Path) -> bool:
