@@ -211,10 +211,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+_LONE_DASH = re.compile(r"(?m)^([ \t]*[A-Za-z_]\w*:[ \t]+)-([ \t]*(?:#.*)?)$")
+"""A value that is nothing but a dash: the letter of a layer without a feed-forward, and not a list of one nothing."""
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text; `source` names it in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(_LONE_DASH.sub(r'\1"-"\2', text), Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
@@ -268,7 +272,12 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         key = key.strip()
         if not equals or not key or not all(key.split(".")):
             raise LmError(f"--set {assignment}: expected KEY=VALUE, such as --set optim.lr=3e-4.")
-        nested: Any = parse_yaml(text, f"--set {key}")
+        if not text.strip():
+            raise LmError(
+                f"--set {assignment}: no value is given; is a variable of the shell empty?",
+                hint=f"For the default leave it out, or write --set {key}=null.",
+            )
+        nested: Any = "-" if text.strip() == "-" else parse_yaml(text, f"--set {key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = merge(result, nested)
@@ -297,6 +306,25 @@ def _readable(model: type[BaseModel], error: ValidationError, source: str | None
     if len(items) > _MOST_ERRORS:
         sentences.append(f"... and {len(items) - _MOST_ERRORS} more.")
     return LmError("\n".join(sentences), code=Exit.USAGE)
+
+
+def same_name(given: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `given` is, by letters and digits alone: 'rtx4090' is 'RTX 4090'."""
+    wanted = _letters(given)
+    return next((name for name in names if name == given), None) or next(
+        (name for name in names if wanted and _letters(name) == wanted), None
+    )
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """'; did you mean gpt2-124m?' for the nearest of `names`, the end of a sentence when none is near."""
+    by_letters = {_letters(name): name for name in names}
+    near = difflib.get_close_matches(_letters(given), by_letters, 1, 0.6)
+    return f"; did you mean {by_letters[near[0]]}?" if near else "."
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:

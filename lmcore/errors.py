@@ -33,13 +33,15 @@ class LmError(Exception):
     message: one sentence: what is wrong, where (path, line, key), the value and the limit.
     hint: what to do next, often a command to copy; empty when the message says it all.
     code: the exit code of the process when nothing catches the error.
+    told: whether another process of the same run shows it to the user.
     """
 
-    def __init__(self, message: str, *, hint: str = "", code: Exit = Exit.USAGE) -> None:
+    def __init__(self, message: str, *, hint: str = "", code: Exit = Exit.USAGE, told: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.code = code
+        self.told = told
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

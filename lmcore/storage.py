@@ -31,7 +31,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def write_file(
     path = _named(path)
     temporary = _beside(path, TEMPORARY)
     try:
+        _unfinished.add(temporary)
         try:
             digest = _create(temporary, chunks, size, cached)
             os.replace(temporary, path)
@@ -82,6 +83,8 @@ def write_file(
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+        finally:
+            _unfinished.discard(temporary)
     except OSError as error:
         raise _write_failed(error, path, size) from error
     return digest
@@ -165,8 +168,12 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
             raise LmError(
                 f"{final}: already exists.", hint="Choose another name, or move it away.", code=Exit.CANNOT_CREATE
             )
+        _sweep_dead(final)
         os.mkdir(temporary)
+        _unfinished.add(temporary)
+        alive = None
         try:
+            alive = _hold(temporary)
             yield temporary
             for folder, _, _ in os.walk(temporary, onerror=_raise):
                 _fsync_directory(folder)
@@ -176,6 +183,9 @@ def commit_directory(final: PathLike, *, replace: bool = False) -> Iterator[Path
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _unfinished.discard(temporary)
+            _let_go(alive)
         _fsync_directory(final.parent)
     except OSError as error:
         raise _write_failed(error, final, None) from error
@@ -240,6 +250,34 @@ def sweep(directory: PathLike) -> None:
             _remove(path)
     except OSError as error:
         raise from_os_error(error, directory, "remove left-over temporaries") from error
+
+
+def require_same(path: PathLike, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """LmError (73) that names what differs between how `path` was made and how it is asked for now."""
+    differing = [key for key in {**made, **asked} if made.get(key) != asked.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} was {_brief(made.get(key))}, is {_brief(asked.get(key))}" for key in differing[:3])
+        raise LmError(
+            f"{path}: already exists, and was made with other inputs: {shown}.",
+            hint="Choose another name, or move it away.",
+            code=Exit.CANNOT_CREATE,
+        )
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+_unfinished: set[Path] = set()
+"""Temporaries that this process is writing."""
+
+
+def remove_unfinished() -> None:
+    """Take away what this process is still writing: it ends now."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            _remove(path)
 
 
 def fsync_directory(path: PathLike) -> None:
@@ -411,6 +449,48 @@ def _beside(path: Path, prefix: str) -> Path:
     """A name of ours in the same directory. The token keeps processes of equal number on two hosts apart."""
     name = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")  # names end at 255 bytes
     return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}-{name}")
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
+"""How file systems say that a directory cannot be locked."""
+
+
+def _hold(temporary: Path) -> int:
+    """Lock a directory that is being written, so that others can see that its writer lives."""
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _close_in_children(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            _let_go(descriptor)
+            raise
+    return descriptor
+
+
+def _let_go(descriptor: int | None) -> None:
+    if descriptor is not None and descriptor in _held:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _sweep_dead(final: Path) -> None:
+    """Remove what killed writers of the same directory left beside it."""
+    ending = _beside(final, "").name.split("-", 2)[2]
+    for name in os.listdir(final.parent):
+        if _OURS.fullmatch(name) and name.split("-", 3)[3] == ending:
+            try:
+                descriptor = os.open(final.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):  # finished meanwhile, or a file
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(final.parent / name)
+            except OSError as error:
+                if not isinstance(error, BlockingIOError | FileNotFoundError) and error.errno not in _NO_LOCKS:
+                    raise
+            finally:
+                os.close(descriptor)
 
 
 def _is_empty_directory(path: Path) -> bool:
@@ -621,9 +701,9 @@ def _parse_json(raw: bytes, constant: Callable[[str], Any] | None = None) -> Any
         parse_float=_finite,
         object_pairs_hook=_unique_keys,
     )
-    if b"\\ud" in raw.lower():  # perhaps half of a surrogate pair, which no file or terminal can take
+    if b"\\ud" in raw.lower():  # perhaps half of a surrogate pair: only names of files that are no UTF-8 hold them
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         except UnicodeEncodeError:
             raise ValueError("a text holds half of a surrogate pair") from None
     return value

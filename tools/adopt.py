@@ -86,6 +86,8 @@ def command(
         right=["tokens", "documents", "linked", "converted"],
     )
     for report in reports:
+        if report.unchanged:
+            ui.say(f"{report.path}: this very import was done before; nothing was changed")
         for warning in report.warnings:
             ui.say(f"note: {report.path}: {warning}")
     ui.emit(f"Next: lm validate {reports[0].path}")

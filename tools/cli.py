@@ -82,6 +82,28 @@ for _panel, _modules in _COMMANDS.items():
         app.command(_name, rich_help_panel=_panel)(importlib.import_module(f".{_module}", __package__).command)
 
 
+_TEXTS = {
+    "generate": ("--prompt", "-p", "--stop"),
+    "inspect": ("--text",),
+    "tokenize": ("--separator",),
+}
+"""Options that may be empty; everywhere else nothing is what a variable of the shell holds that was never set."""
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """LmError (2) that names the option of an empty argument, which would mean a default or the current directory."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = argument.partition("=")
+        if argument == "":
+            what = before if before.startswith("-") else "an argument"
+        elif argument.startswith("--") and equals and not value:
+            what = name
+        else:
+            continue
+        if not {what, before}.intersection(_TEXTS.get(arguments[0], ())):
+            raise LmError(f"{what} is empty; is a variable of the shell not set?", hint="Leave it out for the default.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `lm` and leave with an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -90,11 +112,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     bound_kernel_cache()
     try:
+        _refuse_empty(arguments)
         app(arguments, prog_name="lm")
     except LmError as error:
         if debug:
             raise
-        ui.print_error(error.message, error.hint)
+        if not error.told:
+            ui.print_error(error.message, error.hint)
         sys.exit(int(error.code))
     except BrokenPipeError:
         ui.leave_quietly_on_closed_pipe()

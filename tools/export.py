@@ -124,6 +124,8 @@ def command(
     from lmcore.storage import format_bytes
 
     architecture = f", {report.family}" if report.family else ""
+    if report.unchanged:
+        ui.say(f"{report.out}: this very export was done before; nothing was changed")
     ui.emit(f"{report.out}: {report.parameters:,} parameters{architecture}, {format_bytes(report.bytes)}")
     if report.logit_difference is not None:
         ui.emit(f"transformers computes the same logits (largest relative difference {report.logit_difference:.1e})")

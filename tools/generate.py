@@ -184,12 +184,12 @@ def command(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
+        stop=tuple(ui.typed_text(text) for text in stop or ()),
         samples=samples,
         seed=seed,
         logprobs=logprobs,
     )
-    prompts = _prompts(prompt or [], file or [])
+    prompts = _prompts([ui.typed_text(text) for text in prompt or []], file or [])
     ask = interactive or (not prompts and sys.stdin.isatty())
     if not prompts and not ask:
         prompts = [_without_last_newline(_read("-"))]
@@ -366,17 +366,24 @@ def _text(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict
 
 def _interact(loaded: LoadedModel, config: SamplingConfig, options: dict[str, Any], echo: bool) -> None:
     """A loop of prompts; the end of input (Ctrl-D) leaves it. Ctrl-C ends a text, or the loop when no text runs."""
+    import signal
     import sys
+
+    from lmcore import interrupt
 
     ui.say("One prompt per line; Ctrl-C ends a text, Ctrl-D the session.")
     while True:
         sys.stderr.write("> ")
         sys.stderr.flush()
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line:
             ui.say("")
             return
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             _stream(loaded, _without_last_newline(line), config, options, echo)
         except KeyboardInterrupt:
+            interrupt.answered()
             ui.emit()
+        finally:
+            signal.signal(signal.SIGINT, before)

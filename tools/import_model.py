@@ -41,5 +41,7 @@ def command(
     if json:
         ui.emit_json(vars(report) | {"config": report.config.model_dump(mode="json")})
         return
+    if report.unchanged:
+        ui.say(f"{report.run}: this very import was done before; nothing was changed")
     ui.emit(f"{report.run}: {report.parameters:,} parameters, {report.family}")
     ui.emit(f"Try it with: lm generate --checkpoint {report.run}" if report.tokenizer else "It has no tokenizer.")

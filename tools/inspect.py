@@ -103,7 +103,7 @@ def _starts(path: Path, token: int | None, document: str | None, text: str | Non
             except OSError as error:
                 raise from_os_error(error, text[1:], "read") from error
         else:
-            raw = text.encode()
+            raw = ui.typed_text(text).encode()
         places = locator.by_text(raw)
     else:
         name, _, number = (source or "").rpartition(":")

@@ -176,9 +176,10 @@ def figures(record: dict[str, Any], info: RunInfo, pace: Pace) -> list[tuple[str
     )
     if times.get("mfu"):
         speed += f"   MFU {100 * times['mfu']:.0f} % of {info.peak_flops / 1e12:.3g} TFLOP/s ({info.peak_source})"
+    epoch = f"epoch {record['epoch']:.2f}   " if "epoch" in record else ""
     lines = [
         ("loss", f"{loss}{smooth}   {sparkline(pace.losses)}"),
-        ("lr", f"{record['lr']:.3e}   epoch {record['epoch']:.2f}   {ui.short_number(record['tokens'])} tokens"),
+        ("lr", f"{record['lr']:.3e}   {epoch}{ui.short_number(record['tokens'])} tokens"),
         ("gradient", f"{norm}   {groups}"),
         ("speed", speed),
         (

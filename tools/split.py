@@ -52,6 +52,14 @@ def command(
             rich_help_panel=_HOW,
         ),
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Replace the views of an earlier split; runs that were trained on them cannot be continued then.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     min_tokens: Annotated[int, typer.Option(min=1, help="Refuse views with fewer tokens.", rich_help_panel=_HOW)] = 257,
     json: ui.Json = False,
     quiet: ui.Quiet = False,
@@ -59,7 +67,7 @@ def command(
     """Make train and validation views of a shard set.
 
     Documents are held out by the hash of their content: the choice is stable when data is added, duplicates stay on
-    one side, and no token is copied. Running it again changes nothing.
+    one side, and no token is copied. Running it again changes nothing; with other options it is refused (exit 73).
 
     Examples:
 
@@ -88,6 +96,7 @@ def command(
             salt=salt,
             link=link,  # type: ignore[arg-type]
             materialize=materialize,
+            replace=replace,
             min_tokens=min_tokens,
             progress=progress,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,15 +38,16 @@ def command(
         ),
     ] = None,
     preset: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--preset",
             "--config",
             "-p",
-            help="Name of a preset (see --list-presets) or a YAML file.",
+            help="Name of a preset (see --list-presets) or a YAML file; default: nano.",
             rich_help_panel=RUN,
+            show_default=False,
         ),
-    ] = "nano",
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Run directory, the same as RUN.", rich_help_panel=RUN, show_default=False),
@@ -255,6 +257,8 @@ def command(
         keep_freed_memory()  # before Arrow is loaded
     if run is not None and out is not None:
         raise LmError(f"the run directory is given twice: {run} and --out {out}.")
+    if run is not None and preset is None and not resume:
+        _refuse_a_preset(run)
     flags = _flags(
         init_from=init_from,
         data=data,
@@ -273,9 +277,12 @@ def command(
         tensorboard=tensorboard or None,
         wandb=wandb,
     )
+    from lmcore.training.parallel import agreeing
+
     typed = merge(parse_overrides(settings or []), flags)
     look = print_config or dry_run or verify_resume
-    launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume, look, hours)
+    with nullcontext() if look else agreeing():
+        launch = _launch(run or out, preset, typed, parse_overrides(override or []), resume, look, hours)
     if print_config:
         return _print_config(launch, json)
     if dry_run:
@@ -349,9 +356,27 @@ def _source(text: str) -> dict[str, Any]:
     return {"path": text}
 
 
+def _refuse_a_preset(run: Path) -> None:
+    """`lm plan small` plans the preset; `lm train small` would train another one into ./small."""
+    from lmcore.config import same_name
+    from lmcore.errors import LmError
+    from lmcore.training.config import preset_names
+
+    if run.is_dir():
+        return
+    name, what = same_name(str(run), [name for name, _ in preset_names()]), "the name of a preset"
+    if run.suffix in (".yaml", ".yml"):
+        name, what = str(run), "a configuration"
+    if name is not None:
+        raise LmError(
+            f"{run} is {what}; what is expected here is the run directory.",
+            hint=f"To train it: lm train {Path('runs') / Path(name).stem} --preset {name}",
+        )
+
+
 def _launch(
     run_dir: Path | None,
-    preset: str,
+    preset: str | None,
     typed: dict[str, Any],
     overrides: dict[str, Any],
     resume: bool,
@@ -369,7 +394,7 @@ def _launch(
         elif checkpoint.step_of(run_dir) is not None and run_dir.parent.name == checkpoint.CHECKPOINTS:
             run_dir = _run_of_checkpoint(run_dir)
         return prepare(run_dir, typed=typed, overrides=overrides, resume=True, hours=hours)
-    name, raw = read_preset(preset)
+    name, raw = read_preset(preset or "nano")
     return prepare(run_dir or Path("runs") / name, preset=raw, typed=typed, overrides=overrides, look=look, hours=hours)
 
 

@@ -8,8 +8,10 @@ terminal, so that data cannot drive it.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -41,6 +43,51 @@ Settings = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")]
 
+# ---------------------------------------------------------------------------------------- streams
+
+
+class _Descriptor(io.FileIO):
+    """A standard descriptor whose reader may leave: what is written then goes nowhere, and the command goes on."""
+
+    broken = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:  # a full disk is said once, by whoever catches it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
+            self.broken = True
+            return len(data)
+
+
+def open_streams() -> None:
+    """Make stdout and stderr take any text in any locale, closed or not: what their encoding lacks is escaped.
+
+    Done once, at the entry of the program; a test that calls `main` has streams of its own.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)  # None when it was closed
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_Descriptor(number, "w", closefd=False)),
+            encoding=before.encoding if before is not None else "utf-8",
+            errors="backslashreplace",
+            line_buffering=before is not None and before.line_buffering,
+        )
+        setattr(sys, name, stream)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+
+
+def typed_text(argument: str) -> str:
+    """Text of the command line as the person meant it. Where the locale knows no such characters, Python hands over
+    their bytes as halves of surrogate pairs."""
+    return os.fsencode(argument).decode(errors="replace") if _SURROGATE.search(argument) else argument
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 # ---------------------------------------------------------------------------------------- writing
 
 
@@ -60,7 +107,12 @@ def plain(text: str) -> str:
 
 def emit_json(document: Any) -> None:
     """Print the one JSON document of a `--json` command."""
-    _write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # escaped by the rules of JSON
+        text = json.dumps(document, indent=1, allow_nan=False, default=str)
+    _write(text + "\n")
 
 
 def emit(text: str = "") -> None:
@@ -71,6 +123,8 @@ def emit(text: str = "") -> None:
 def emit_piece(text: str) -> None:
     """Print a piece of a line of data at once: text that streams."""
     _write(plain(text) if sys.stdout.isatty() else text)
+    if getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "broken", False):
+        sys.exit(0)  # `lm generate ... | head -1`: nobody reads the rest
 
 
 def _write(text: str) -> None:

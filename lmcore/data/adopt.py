@@ -27,7 +27,15 @@ from lmcore import storage
 from lmcore.data import foreign as other
 from lmcore.data.findings import Finding
 from lmcore.data.foreign import Foreign, ForeignFile
-from lmcore.data.manifest import MANIFEST, TOKENIZER, Manifest, ShardEntry, created_by, make_manifest
+from lmcore.data.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    ShardEntry,
+    created_by,
+    make_manifest,
+    read_manifest,
+)
 from lmcore.data.rewrite import LENGTHS, index_records, write_shards
 from lmcore.data.shard import HEADER_BYTES, MAX_SEQ_LEN, npy_chunks, npy_header, shard_name, token_dtype
 from lmcore.errors import Exit, LmError, from_os_error
@@ -53,6 +61,8 @@ class AdoptReport:
     dataset_id: str
     kinds: str
     warnings: list[str] = field(default_factory=list)
+    unchanged: bool = False
+    """Whether the same call had made it before."""
 
 
 def adopt(
@@ -69,7 +79,8 @@ def adopt(
 
     tokenizer: the one that made the ids, if it is known. width: 2 or 4 bytes per id of headerless files. seq_len: row
     length of converted shards (default: the data's own, else 2,048). copy: convert even where a link would do.
-    Raises LmError (65) for data that is not sound, (73) when `out` holds something already.
+    The same call again changes nothing. Raises LmError (65) for data that is not sound, (73) when `out` holds something
+    else already.
     """
     path, out = Path(path), Path(out)
     if not path.exists():
@@ -80,10 +91,41 @@ def adopt(
         raise LmError(f"width={width}: ids have 2 or 4 bytes.")
     found = other.recognise(path, width)
     other.require_readable(found)
-    return [
-        _adopt_group(found, files, out / name if name else out, tokenizer, seq_len, copy, progress)
-        for name, files in found.groups().items()
-    ]
+    asked = {"tokenizer": tokenizer.sha256 if tokenizer else None, "width": width, "seq_len": seq_len, "copy": copy}
+    reports = []
+    for name, files in found.groups().items():
+        place = out / name if name else out
+        request = asked | {"inputs": [_input(file.path) for file in files]}
+        if (place / MANIFEST).is_file():
+            reports.append(_adopted_before(place, request))
+        else:
+            reports.append(_adopt_group(found, files, place, tokenizer, seq_len, copy, request, progress))
+    return reports
+
+
+def _input(path: Path) -> list[Any]:
+    """What makes a file the same one as before: where it lies, its size and when it was written."""
+    state = path.stat()
+    return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+
+
+def _adopted_before(out: Path, request: dict[str, Any]) -> AdoptReport:
+    """The report of a set that an earlier call made; LmError (73) when it was made of something else."""
+    manifest = read_manifest(out)
+    made = manifest.source.get("request")
+    storage.require_same(out, made if isinstance(made, dict) else {"made by": "another command"}, request)
+    linked = sum((out / f"{entry.name}.npy").is_symlink() for entry in manifest.shards)
+    kinds, files = str(manifest.source.get("format")), len(request["inputs"])
+    return AdoptReport(
+        out,
+        manifest.n_tokens,
+        manifest.n_docs,
+        files if linked else 0,
+        0 if linked else files,
+        manifest.dataset_id,
+        kinds,
+        unchanged=True,
+    )
 
 
 def _adopt_group(
@@ -93,6 +135,7 @@ def _adopt_group(
     tokenizer: Tokenizer | None,
     seq_len: int | None,
     copy: bool,
+    request: dict[str, Any],
     progress: Progress,
 ) -> AdoptReport:
     progress.start(f"reading {found.path.name}", sum(f.n_tokens for f in files), "tokens")
@@ -140,6 +183,7 @@ def _adopt_group(
             "kind": "import",
             "format": ", ".join(sorted({file.kind for file in files})),
             "files": [str(file.path.resolve()) for file in files],
+            "request": request,
             "document_hash": hashed,
             "open_end": tokenizer is not None and not unended and _last_id(files[-1]) != tokenizer.eos_id,
         }

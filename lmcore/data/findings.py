@@ -51,7 +51,7 @@ def explain(code: str) -> str:
 
 
 _RETOKENIZE = "Run lm validate --repair, or the same lm tokenize command again in a new directory."
-_REVIEW = "Run lm split on the set again: views are made anew, no token is copied."
+_REVIEW = "Run lm split --replace on the set: views are made anew, no token is copied."
 
 CODES: dict[str, Code] = {
     "V001": Code(
@@ -136,8 +136,8 @@ CODES: dict[str, Code] = {
         "error",
         "the tokens are not the document",
         "The text decoded from a document's tokens does not hash to the content hash of the index: the shard was made "
-        "with another tokenizer, or the index belongs to other data. Only tokenizers that give every text back byte for "
-        "byte are compared.",
+        "with another tokenizer, or the index belongs to other data. Only tokenizers that give every text back byte "
+        "for byte are compared.",
     ),
     "V030": Code("error", "a document index is missing", f"A listed .docs.npy is not there. {_RETOKENIZE}"),
     "V031": Code(
@@ -195,6 +195,12 @@ CODES: dict[str, Code] = {
         "The same text, by content hash, is in two views. Split by document to prevent it (a split by shard cannot).",
     ),
     "V063": Code("error", "a view belongs to other data", f"The view was made from another set or state. {_REVIEW}"),
+    "V064": Code(
+        "warning",
+        "documents were cut by rows",
+        "The views were made by rows, so documents lie in both: what validation measures is partly memory. Split by "
+        "document to prevent it.",
+    ),
     "V070": Code(
         "warning",
         "the journal disagrees",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lmcore.config import did_you_mean, same_name
 from lmcore.errors import LmError
 
 
@@ -82,15 +83,16 @@ def parse_dataset(spec: str) -> DatasetName:
     """'fineweb-edu:100BT' or 'org/name[:config][@revision]' -> repository, configuration, revision."""
     rest, _, revision = spec.partition("@")
     name, _, config = rest.partition(":")
-    corpus = REGISTRY.get(name)
+    corpus = REGISTRY.get(same_name(name, REGISTRY) or "")
     if corpus is not None:
-        wanted = corpus.configs.get(config, config) if config else corpus.default
+        wanted = corpus.configs.get(same_name(config, corpus.configs) or "", config) if config else corpus.default
         return DatasetName(corpus.repository, wanted, revision or None, corpus)
     parts = name.split("/")
     if len(parts) != 2 or not all(parts):
         known = ", ".join(["stdlib", *REGISTRY])
         raise LmError(
-            f"--dataset {spec}: not a known dataset; known are {known}, or org/name[:config][@revision] on the Hub.",
+            f"--dataset {spec}: not a known dataset; known are {known}, or org/name[:config][@revision] on the Hub"
+            f"{did_you_mean(name, ['stdlib', *REGISTRY])}",
             hint="For files of your own: lm tokenize PATH",
         )
     return DatasetName(name, config or None, revision or None, None)

@@ -19,9 +19,11 @@ Left out: reading views (stream.py), finding faults in them (validate.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +55,7 @@ Segment = tuple[int, int, int]
 Keys = npt.NDArray[np.uint64]
 
 MAX_SEGMENTS = 2_000_000  # about 45 MB of manifest, read in two seconds
+DEFAULT = {"val": 0.01}
 REST = "train"
 MIN_TOKENS = 257  # a view must hold one window of the smallest context that anybody trains
 
@@ -98,6 +101,7 @@ def split_set(
     salt: int = 0,
     link: Link = "symlink",
     materialize: bool = False,
+    replace: bool = False,
     min_tokens: int = MIN_TOKENS,
     progress: Progress = SILENT,
 ) -> SplitReport:
@@ -105,8 +109,10 @@ def split_set(
     with the rest, inside the set's directory. The same call again changes nothing.
 
     by: "auto" takes documents when the set has an index, else shards, else rows. materialize: write the view's tokens
-    into shards of its own, for readers that know nothing of segments.
-    Raises LmError: 2 for impossible fractions, 65 when a view would be empty or too short, 75 when the set is in use.
+    into shards of its own, for readers that know nothing of segments. replace: views of an earlier split that hold
+    other tokens may be replaced or removed, although runs may rest on them.
+    Raises LmError: 2 for impossible fractions, 65 when a view would be empty or too short, 73 when it would need
+    `replace`, 75 when the set is in use.
     """
     path = Path(path)
     parent = read_manifest(path)
@@ -119,14 +125,21 @@ def split_set(
     with storage.lock_directory(path, "lm split"):
         storage.sweep(path)
         plan = _BY[chosen](path, parent, rule, progress)
-        _require_useful(path, rule, plan, min_tokens, materialize)
         report = SplitReport(path, chosen, [], _leakage(plan.common), plan.common)
+        try:
+            _require_useful(path, rule, plan, min_tokens, materialize)
+            report.warnings += _shares(path, rule, plan, chosen)
+        except LmError:
+            if not replace:  # what was split with other options is no matter of too little data
+                _refuse_other_views(path, parent, _views(path), rule.record(parent, chosen, link, materialize), {})
+            raise
         if chosen == "document" and link != "none" and not materialize:
             report.warnings.append(
                 "a view's shards hold documents of every side; only its manifest says which tokens belong to it. "
                 "For readers that do not know manifests, use --materialize."
             )
-        _write_views(path, parent, plan, rule, chosen, link, materialize, report, progress)
+        record = rule.record(parent, chosen, link, materialize)
+        _write_views(path, parent, plan, rule, record, replace, report, progress)
     return report
 
 
@@ -141,7 +154,7 @@ class _Rule:
 
     def __post_init__(self) -> None:
         if not self.fractions and not self.documents:
-            self.fractions["val"] = 0.01
+            self.fractions.update(DEFAULT)
         if self.fractions and self.documents:
             raise LmError("give fractions or numbers of documents, not both.")
         for name in (*self.fractions, *self.documents):
@@ -173,8 +186,17 @@ class _Rule:
         shares = np.cumsum(list(self.fractions.values()))
         return np.array([min(int(share * 2.0**64), 2**64 - 1) for share in shares.tolist()], np.uint64)
 
-    def record(self) -> dict[str, Any]:
-        return {"fractions": self.fractions, "documents": self.documents, "salt": self.salt}
+    def record(self, parent: Manifest, by: str, link: Link, materialize: bool) -> dict[str, Any]:
+        """What a view's manifest keeps of the command that made it."""
+        return {
+            "fractions": self.fractions,
+            "documents": self.documents,
+            "order": self.names,
+            "salt": self.salt,
+            "by": by,
+            "parent": parent.dataset_id,
+            "link": "materialized" if materialize else link,
+        }
 
 
 def split_key(hashes: npt.NDArray[np.uint64], salt: int = 0) -> Keys:
@@ -193,9 +215,11 @@ class _Plan:
     n_docs: list[int]
     n_bytes: list[int]
     common: int | None
+    units: list[int] = field(default_factory=list)
+    """Documents, shards or rows that were held out: what the fractions are shares of."""
 
 
-def _choose(parent: Manifest, by: By, path: Path) -> Literal["document", "shard", "rows"]:
+def _choose(parent: Manifest, by: By, path: Path = Path()) -> Literal["document", "shard", "rows"]:
     indexed = all(entry.docs_sha256 is not None for entry in parent.shards)
     if by == "auto":
         return "document" if indexed else ("shard" if len(parent.shards) > 1 else "rows")
@@ -239,6 +263,43 @@ def first_pieces(documents: Any, entry: ShardEntry) -> npt.NDArray[np.bool_]:
     return begins
 
 
+def document_hashes(path: str | os.PathLike[str], manifest: Manifest) -> Keys | None:
+    """Sorted distinct content hashes of the documents that have a token in the stream of a set or view, whatever its
+    shards are made of (links, copies, nothing: then the set around it has them). None without a document index."""
+    segments = _ranges(manifest.segments)
+    if any(manifest.shards[number].docs_sha256 is None for number in segments):
+        return None
+    found: list[Keys] = [np.empty(0, np.uint64)]
+    directory = shards.open_directory(path)
+    try:
+        for number, within in sorted(segments.items()):
+            entry = manifest.shards[number]
+            documents = shards.read_documents(directory, entry, parent=manifest.kind == "view")
+            found.append(np.unique(documents["hash"][_touched(documents, entry, within)]))
+    except LmError as error:
+        raise LmError(f"{path}/{error.message}", hint=error.hint, code=error.code) from None
+    finally:
+        os.close(directory)
+    return np.unique(np.concatenate(found))
+
+
+def _ranges(segments: Iterable[Segment]) -> dict[int, npt.NDArray[np.int64]]:
+    """Shard -> its (start, stop), ascending."""
+    by_shard: dict[int, list[tuple[int, int]]] = {}
+    for shard, start, stop in segments:
+        by_shard.setdefault(shard, []).append((start, stop))
+    return {shard: np.array(sorted(ranges), np.int64) for shard, ranges in by_shard.items()}
+
+
+def _touched(documents: Any, entry: ShardEntry, within: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which pieces of a shard have a token in these ranges."""
+    starts, ends = documents["start"].astype(np.int64), piece_ends(documents, entry)
+    inside = np.zeros(len(documents) + 1, np.int64)
+    np.add.at(inside, np.searchsorted(ends, within[:, 0], "right"), 1)
+    np.add.at(inside, np.searchsorted(starts, within[:, 1], "left"), -1)
+    return np.cumsum(inside[:-1]) > 0
+
+
 # ---------------------------------------------------------------------------------------- by document, shard, row
 
 
@@ -257,6 +318,7 @@ def _by_document(path: Path, parent: Manifest, rule: _Rule, progress: Progress) 
         plan.n_docs = (plan.n_docs + np.bincount(view[begins], minlength=count)).tolist()
         sizes = np.bincount(view, weights=documents["bytes"].astype(np.float64), minlength=count)
         plan.n_bytes = (plan.n_bytes + sizes.astype(np.int64)).tolist()
+    plan.units = plan.n_docs
     return plan
 
 
@@ -291,6 +353,7 @@ def _by_shard(path: Path, parent: Manifest, rule: _Rule, progress: Progress) -> 
         )
     view = np.searchsorted(distinct[np.cumsum(sizes)], keys, "right")
     plan = _Plan([[] for _ in range(count)], [0] * count, [0] * count, None)
+    plan.units = np.bincount(view, minlength=count).tolist()
     if any(entry.docs_sha256 is None for entry in parent.shards):
         for number, entry in enumerate(parent.shards):
             plan.segments[view[number]].append((number, 0, entry.n_tokens))
@@ -314,26 +377,61 @@ def _by_shard(path: Path, parent: Manifest, rule: _Rule, progress: Progress) -> 
 
 
 def _by_rows(path: Path, parent: Manifest, rule: _Rule, progress: Progress) -> _Plan:
-    """Rows by the hash of their bytes: the last resort for one foreign shard, or for one long document."""
+    """Rows by the hash of their bytes, as near to the asked shares as equal rows on one side allow: the last resort for
+    one foreign shard, or for one long document. Documents are cut where rows end."""
     count, width = len(rule.names), parent.seq_len
-    plan = _Plan([[] for _ in range(count)], [0] * count, [0] * count, None)
     stream = TokenStream.open(path)
-    borders = rule.borders()
     progress.start("rows", parent.n_tokens, "tokens")
     position = 0
+    places: list[Segment] = []
+    hashes: list[int] = []
     for number, entry in enumerate(parent.shards):
-        hashes = np.empty(-(-entry.n_tokens // width), np.uint64)
-        for row in range(len(hashes)):
-            begin = row * width
-            tokens = stream.read(position + begin, position + min(begin + width, entry.n_tokens))
-            hashes[row] = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
+        for begin in range(0, entry.n_tokens, width):
+            end = min(begin + width, entry.n_tokens)
+            tokens = stream.read(position + begin, position + end)
+            hashes.append(int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little"))
+            places.append((number, begin, end))
             progress.advance(len(tokens))
         position += entry.n_tokens
-        for row, view in enumerate(np.searchsorted(borders, split_key(hashes, rule.salt), "right").tolist()):
-            plan.segments[view].append((number, row * width, min((row + 1) * width, entry.n_tokens)))
     progress.finish()
+    keys = split_key(np.array(hashes, np.uint64), rule.salt)
+    view = np.searchsorted(_nearest_borders(keys, list(rule.fractions.values())), keys, "right")
+    plan = _Plan([[] for _ in range(count)], [0] * count, [0] * count, None)
+    plan.units = np.bincount(view, minlength=count).tolist()
+    for place, side in zip(places, view.tolist(), strict=True):
+        plan.segments[side].append(place)
     plan.segments = [merge_segments(segments) for segments in plan.segments]
+    if all(entry.docs_sha256 is not None for entry in parent.shards):
+        _count_documents(path, parent, plan, progress)
     return plan
+
+
+def _nearest_borders(keys: Keys, fractions: list[float]) -> Keys:
+    """Upper ends (exclusive) of key intervals that hold the numbers of keys nearest to these shares, one at least."""
+    distinct, counts = np.unique(keys, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    borders, last = [], 0
+    for share in np.cumsum(fractions).tolist():
+        last = min(max(last + 1, int(np.abs(below - share * len(keys)).argmin())), len(distinct) - 1)
+        borders.append(distinct[last])
+    return np.array(borders, np.uint64)
+
+
+def _count_documents(path: Path, parent: Manifest, plan: _Plan, progress: Progress) -> None:
+    """Documents and bytes that begin in each view of a plan that cuts through documents; how many lie in several."""
+    ranges = [_ranges(segments) for segments in plan.segments]
+    sides: list[list[Keys]] = [[np.empty(0, np.uint64)] for _ in ranges]
+    for number, entry, documents in indexes(path, parent, progress):
+        begins = first_pieces(documents, entry)
+        for view, of_shard in enumerate(ranges):
+            if number in of_shard:
+                within = of_shard[number]
+                place = np.searchsorted(within[:, 0], documents["start"].astype(np.int64), "right") - 1
+                here = (place >= 0) & (documents["start"] < within[np.maximum(place, 0), 1])
+                plan.n_docs[view] += int((begins & here).sum())
+                plan.n_bytes[view] += int(documents["bytes"][begins & here].astype(np.int64).sum())
+                sides[view].append(np.unique(documents["hash"][_touched(documents, entry, within)]))
+    plan.common = _common([np.concatenate(side) for side in sides])
 
 
 _BY = {"document": _by_document, "shard": _by_shard, "rows": _by_rows}
@@ -367,6 +465,31 @@ def _require_useful(path: Path, rule: _Rule, plan: _Plan, min_tokens: int, mater
             )
 
 
+def _shares(path: Path, rule: _Rule, plan: _Plan, by: str) -> list[str]:
+    """What the views hold beside what was asked for, where that differs. LmError (65) where it is far off: more than
+    half as much again or a third less, by 15 % of the set, and by more than one document or row."""
+    sentences = []
+    total = sum(plan.units)
+    units, advice = {
+        "document": ("documents", "--val-docs N holds out exactly N of them"),
+        "shard": ("shards", "Whole shards are coarse: use --by rows"),
+        "rows": ("rows", "Equal rows stay together: use --by document"),
+    }[by]
+    for (name, asked), held in zip(rule.fractions.items(), plan.units, strict=False):
+        reached = held / total
+        off = abs(reached - asked)
+        what = f"{held:,} of {total:,} {units} ({reached:.1%}); {asked:.1%} was asked for"
+        if off > 0.15 and not asked / 1.5 < reached < asked * 1.5 and (by == "shard" or off * total > 1):
+            raise LmError(
+                f"{path}: the view {name} would hold {what}.",
+                hint=f"{advice}, or choose another --val-fraction or --salt.",
+                code=Exit.DATA,
+            )
+        if off > 0.1 * asked:
+            sentences.append(f"{name} holds {what}.")
+    return sentences
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 
@@ -375,25 +498,21 @@ def _write_views(
     parent: Manifest,
     plan: _Plan,
     rule: _Rule,
-    by: str,
-    link: Link,
-    materialize: bool,
+    record: dict[str, Any],
+    replace: bool,
     report: SplitReport,
     progress: Progress,
 ) -> None:
+    materialize = record["link"] == "materialized"
     wanted: dict[str, Manifest] = {}
     for number, name in enumerate(rule.names):
-        record = rule.record() | {
-            "view": name,
-            "by": by,
-            "parent": parent.dataset_id,
-            "leakage": report.leakage,
-            "common_documents": plan.common,
-            "link": "materialized" if materialize else link,
-        }
+        split = record | {"view": name, "leakage": report.leakage, "common_documents": plan.common}
         counts = {"n_docs": plan.n_docs[number], "n_bytes": plan.n_bytes[number]}
-        wanted[name] = _view_manifest(parent, plan.segments[number], record, counts)
+        wanted[name] = _view_manifest(parent, plan.segments[number], split, counts)
     stale = _stale_views(path, wanted, materialize)
+    if not replace:
+        ids = {} if materialize else {name: view.dataset_id for name, view in wanted.items()}
+        _refuse_other_views(path, parent, stale, record, ids)
     # Old views go before new ones come: a crash leaves a view missing, never two views that share documents.
     for name in stale:
         storage.delete_directory(path / name)
@@ -405,7 +524,7 @@ def _write_views(
             if materialize:
                 manifest = _materialize(path, name, parent, manifest, progress)
             else:
-                _link_view(path, name, manifest, link)
+                _link_view(path, name, manifest, record["link"])
         else:
             manifest = read_manifest(path / name)
         report.views.append(
@@ -451,9 +570,10 @@ def _view_manifest(
     )
 
 
-def _stale_views(path: Path, wanted: Mapping[str, Manifest], materialize: bool) -> list[str]:
-    """Names of the views on disk that are not the wanted ones: another split, another parent, broken links."""
-    stale = []
+def _stale_views(path: Path, wanted: Mapping[str, Manifest], materialize: bool) -> dict[str, Manifest | None]:
+    """The views on disk that are not the wanted ones: another split, another parent, broken links; None stands for a
+    manifest that cannot be read."""
+    stale: dict[str, Manifest | None] = {}
     for folder in sorted(path.iterdir()):
         if folder.is_symlink() or not folder.is_dir() or not (folder / MANIFEST).is_file():
             if folder.name in wanted and os.path.lexists(folder):
@@ -465,7 +585,7 @@ def _stale_views(path: Path, wanted: Mapping[str, Manifest], materialize: bool) 
             if error.code is Exit.IO:  # a view that cannot be read now may be readable later, beside the new ones
                 raise
             if folder.name in wanted:
-                stale.append(folder.name)
+                stale[folder.name] = None
             continue
         if found.split is None:
             if folder.name in wanted:
@@ -474,8 +594,79 @@ def _stale_views(path: Path, wanted: Mapping[str, Manifest], materialize: bool) 
         target = wanted.get(folder.name)
         same = target is not None and _same_view(folder, found, target, materialize)
         if not same:
-            stale.append(folder.name)
+            stale[folder.name] = found
     return stale
+
+
+def _views(path: Path) -> dict[str, Manifest | None]:
+    """What `lm split` made in a set, as far as it can be read."""
+    found: dict[str, Manifest | None] = {}
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and (folder / MANIFEST).is_file():
+            with contextlib.suppress(LmError):
+                view = read_manifest(folder)
+                if view.split is not None:
+                    found[folder.name] = view
+    return found
+
+
+def _refuse_other_views(
+    path: Path,
+    parent: Manifest,
+    views: Mapping[str, Manifest | None],
+    asked: Mapping[str, Any],
+    ids: Mapping[str, str],
+) -> None:
+    """LmError (73) when one of these views would go, since runs may rest on it.
+
+    ids: identities of the views that are to come; empty when they are not known yet.
+    """
+    smallest = min([MIN_TOKENS, *(view.n_tokens for view in views.values() if view is not None)])
+    for name, found in views.items():
+        if found is None or found.dataset_id == ids.get(name):
+            continue  # damaged, or the same tokens in another form
+        made = split_options(parent, found.split or {})
+        what, keep = "was made of another state of the set", ""
+        if made is not None and made != split_options(parent, asked):
+            what = f"was made with {' '.join(made) or 'no options'}"
+            least = f" --min-tokens {smallest}" if smallest < MIN_TOKENS else ""
+            keep = f"To keep it: {split_command(path, parent, found.split or {})}{least}\n  "
+        elif not ids:
+            continue
+        raise LmError(
+            f"{path / name}: this view {what}; runs that were trained on it could not be continued, and could be "
+            "evaluated on what they have seen.",
+            hint=f"{keep}To replace it: {split_command(path, parent, asked)} --replace",
+            code=Exit.CANNOT_CREATE,
+        )
+
+
+def split_command(path: Path, parent: Manifest, record: Mapping[str, Any]) -> str:
+    """The command that makes the views of a manifest's `split` (again)."""
+    return " ".join(["lm split", shlex.quote(os.fspath(path)), *(split_options(parent, record) or [])])
+
+
+def split_options(parent: Manifest, record: Mapping[str, Any]) -> list[str] | None:
+    """What to type behind `lm split SET` for the views of a manifest's `split`; None for those of another set or
+    another form."""
+    if record.get("parent") != parent.dataset_id:
+        return None
+    try:
+        documents = dict(record["documents"])
+        fractions = {name: record["fractions"][name] for name in record["order"] if name in record["fractions"]}
+        options: list[str] = []
+        if list(fractions) == ["val"]:
+            options += [] if fractions["val"] == DEFAULT["val"] else ["--val-fraction", repr(fractions["val"])]
+        for name, share in {} if list(fractions) == ["val"] else fractions.items():
+            options += ["--view", f"{name}={share!r}"]
+        options += ["--val-docs", str(documents["val"])] if documents else []
+        options += [] if record["by"] == _choose(parent, "auto") else ["--by", str(record["by"])]
+        options += ["--salt", str(record["salt"])] if record["salt"] else []
+        if record["link"] == "materialized":
+            return [*options, "--materialize"]
+        return [*options, *([] if record["link"] == "symlink" else ["--link", str(record["link"])])]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _refuse_to_replace(folder: Path) -> None:
@@ -556,6 +747,8 @@ def _materialize(path: Path, name: str, parent: Manifest, view: Manifest, progre
             if (path / file).is_file():
                 storage.create_file(temporary / file, (path / file).read_bytes())
         fields = view.model_dump(mode="json", exclude={"dataset_id", "kind", "shards", "segments", "split"})
+        if documents is not None:  # every piece of a document that was cut is one of its own here
+            fields["n_docs"] = sum(entry.n_docs for entry in entries)
         manifest = make_manifest(
             **fields,
             kind="set",

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmcore import storage
+from lmcore import interrupt, storage
 from lmcore.data.documents import Documents, filter_lengths
 from lmcore.data.encoder import Backend, Encoded, EncodingStage, open_encoder
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, make_manifest, read_manifest, write_manifest
@@ -600,6 +600,7 @@ class _Signals:
         self._restore()
 
     def _remember(self, number: int, frame: object) -> None:
+        interrupt.answered()
         self.number = number
         self._restore()
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ from lmcore.data.manifest import (
     read_manifest,
 )
 from lmcore.data.shard import DOCUMENT, HEADER_BYTES, ShardFile, npy_header
-from lmcore.data.split import first_pieces, piece_ends
+from lmcore.data.split import document_hashes, first_pieces, piece_ends, split_command
 from lmcore.data.statistics import ROW, Statistics, statistics
 from lmcore.errors import LmError
 from lmcore.progress import SILENT, Progress
@@ -566,8 +565,8 @@ def _document_ends(
     manifest: Manifest, number: int, index: Documents | None
 ) -> tuple[npt.NDArray[np.int64] | None, bool]:
     """(positions in the shard that must hold EOS, whether the last token is free because the next shard is unknown)."""
-    if index is None:
-        return None, False
+    if index is None or (manifest.split is not None and manifest.split.get("by") == "rows"):
+        return None, False  # a cut by rows ends documents where it pleases
     entry = manifest.shards[number]
     ends = piece_ends(index, entry) - 1
     if manifest.kind == "view":
@@ -608,14 +607,15 @@ def _views(path: Path, parent: Manifest, report: Report | None) -> list[tuple[Pa
             continue
         result.append((folder, found))
         if report is not None and found.split.get("parent") != parent.dataset_id:
-            report.add("V063", folder, "made from another state of the set", f"lm split {path}")
+            report.add("V063", folder, "made from another state of the set", f"lm split {path} --replace")
         if report is not None and found.kind == "view":
-            _check_view_files(folder, found, report)
+            _check_view_files(folder, found, parent, report)
     return result
 
 
-def _check_view_files(folder: Path, view: Manifest, report: Report) -> None:
+def _check_view_files(folder: Path, view: Manifest, parent: Manifest, report: Report) -> None:
     """Links that lead to the set's own files were checked with them; anything else is checked here."""
+    again = split_command(folder.parent, parent, view.split or {})
     _check_segments(folder, view, report)
     here, above = shards.open_directory(folder), shards.open_directory(folder.parent)
     try:
@@ -633,14 +633,19 @@ def _check_view_files(folder: Path, view: Manifest, report: Report) -> None:
                     message = error.message.partition(": ")[2]
                     gone = message.endswith(("is missing.", "leads nowhere."))
                     if of_set is not None:
-                        report.add("V010" if gone else "V016", folder / name, message, f"lm split {folder.parent}")
+                        report.add("V010" if gone else "V016", folder / name, message, again)
                     continue
                 if of_set is not None and of_set.key == file.key:
                     continue
                 try:
                     file.verify(sha256)
                 except LmError:
-                    report.add("V014", folder / name, "leads to other content than listed", f"lm split {folder.parent}")
+                    report.add(
+                        "V014",
+                        folder / name,
+                        "leads to other content than listed",
+                        f"lm split {folder.parent} --replace",
+                    )
     finally:
         os.close(here)
         os.close(above)
@@ -667,6 +672,7 @@ def _check_siblings(path: Path, report: Report) -> None:
 def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manifest]], report: Report) -> None:
     if not views:
         return
+    again = f"lm split {path} --replace"
     number_of = {entry.sha256: number for number, entry in reversed([*enumerate(parent.shards)])}
     rows: list[tuple[int, int, int, int]] = []
     linked = [(k, folder, view) for k, (folder, view) in enumerate(views) if view.kind == "view"]
@@ -678,7 +684,7 @@ def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manife
             if number is None or parent.shards[number].sha256 != entry.sha256:
                 number = number_of.get(entry.sha256)
             if number is None:
-                report.add("V063", views[k][0], f"{entry.name} is not a shard of {path}", f"lm split {path}")
+                report.add("V063", views[k][0], f"{entry.name} is not a shard of {path}", again)
                 break
             rows.append((number, start, stop, k))
     table = np.array(sorted(rows), np.int64).reshape(-1, 4)
@@ -687,56 +693,35 @@ def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manife
         a, b = views[int(table[k, 3])][0].name, views[int(table[k + 1, 3])][0].name
         name = parent.shards[int(table[k, 0])].name
         report.add(
-            "V060", path, f"{a} and {b} both hold tokens of {name} from {table[k + 1, 1]:,} on", f"lm split {path}"
+            "V060",
+            path,
+            f"{a} and {b} both hold tokens of {name} from {table[k + 1, 1]:,} on",
+            f"lm split {path} --replace",
         )
     covered = int((table[:, 2] - table[:, 1]).sum())
     if len(linked) == len(views) > 1 and not clash.any() and covered < parent.n_tokens:
-        report.add("V061", path, f"{parent.n_tokens - covered:,} tokens are in no view", f"lm split {path}")
+        report.add("V061", path, f"{parent.n_tokens - covered:,} tokens are in no view", again)
     _check_common_documents(path, parent, views, report)
 
 
 def _check_common_documents(path: Path, parent: Manifest, views: list[tuple[Path, Manifest]], report: Report) -> None:
-    if any(e.docs_sha256 is None for e in parent.shards) or any(v.split and v.split["by"] == "rows" for _, v in views):
-        return
     sides = []
     for folder, view in views:
         try:
-            sides.append(document_hashes(folder, view))
+            hashes = document_hashes(folder, view)
         except LmError:
             return  # reported as a damaged index already
+        if hashes is None:
+            return
+        sides.append(hashes)
+    cut = any(view.split and view.split["by"] == "rows" for _, view in views)
     for a in range(len(views)):
         for b in range(a + 1, len(views)):
             common = len(np.intersect1d(sides[a], sides[b], assume_unique=True))
             if common:
                 report.add(
-                    "V062",
+                    "V064" if cut else "V062",
                     path,
                     f"{views[a][0].name} and {views[b][0].name} have {common:,} documents in common",
-                    f"lm split {path} --by document",
+                    f"lm split {path} --by document --replace",
                 )
-
-
-def document_hashes(path: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
-    """Sorted distinct content hashes of the documents that have a token in the stream."""
-    directory = shards.open_directory(path)
-    found: list[npt.NDArray[np.uint64]] = []
-    try:
-        for number, segments in _by_shard(manifest.segments):
-            entry = manifest.shards[number]
-            index = shards.read_documents(directory, entry, parent=manifest.kind == "view")
-            starts, ends = index["start"].astype(np.int64), piece_ends(index, entry)
-            inside = np.zeros(len(index) + 1, np.int64)
-            ranges = np.array(segments, np.int64)
-            np.add.at(inside, np.searchsorted(ends, ranges[:, 0], "right"), 1)
-            np.add.at(inside, np.searchsorted(starts, ranges[:, 1], "left"), -1)
-            found.append(np.unique(index["hash"][np.cumsum(inside[:-1]) > 0]))
-    finally:
-        os.close(directory)
-    return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
-
-
-def _by_shard(segments: Iterable[tuple[int, int, int]]) -> list[tuple[int, list[tuple[int, int]]]]:
-    result: dict[int, list[tuple[int, int]]] = {}
-    for shard, start, stop in segments:
-        result.setdefault(shard, []).append((start, stop))
-    return sorted(result.items())

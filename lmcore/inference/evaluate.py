@@ -38,6 +38,7 @@ from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from lmcore.data.stream import TokenStream
+    from lmcore.data.tokenizer import Tokenizer
     from lmcore.model.model import LanguageModel
     from lmcore.training.checkpoint import LoadedModel
 
@@ -214,7 +215,7 @@ def refuse_other_tokenizer(loaded: LoadedModel, stream: TokenStream) -> None:
     """LmError 65 when the stream was made by another tokenizer than the run's, or holds ids beyond the vocabulary."""
     entry = stream.manifest.tokenizer if stream.manifest is not None else None
     own = loaded.tokenizer
-    if entry is not None and own is not None and entry.sha256 != own.sha256:
+    if entry is not None and own is not None and entry.sha256 != own.sha256 and not _gives_the_ids_of(own, stream):
         raise LmError(
             f"{loaded.path} was trained with the tokenizer {own.name} ({own.sha256[:12]}), "
             f"the data were made with {entry.name} ({entry.sha256[:12]}).",
@@ -222,6 +223,16 @@ def refuse_other_tokenizer(loaded: LoadedModel, stream: TokenStream) -> None:
             code=Exit.DATA,
         )
     stream.require_vocabulary(loaded.model.config.vocab_size)
+
+
+def _gives_the_ids_of(own: Tokenizer, stream: TokenStream) -> bool:
+    """Whether the tokenizers differ in what they put around a text alone, as that of an export may."""
+    from lmcore.data.tokenizer import Tokenizer
+
+    if stream.tokenizer_path is None:
+        return False
+    other = Tokenizer.from_file(stream.tokenizer_path).definition
+    return other | {"post_processor": None} == own.definition | {"post_processor": None}
 
 
 @torch.no_grad()

@@ -62,6 +62,8 @@ class ExportReport:
     """Steps of the checkpoints behind the weights."""
     logit_difference: float | None
     """Largest difference to transformers' logits, relative to the largest logit; None when not checked."""
+    unchanged: bool = False
+    """Whether the same call had made it before."""
 
 
 def export_model(
@@ -87,7 +89,7 @@ def export_model(
     loaded, sources = load_averaged(path, average, progress)
     config = loaded.model.config
     weights = {name: _cast(tensor, dtype) for name, tensor in model_tensors(loaded.model).items()}
-    record = provenance(loaded, sources, dtype)
+    record = provenance(loaded, sources, dtype) | {"drop_mtp": drop_mtp}
     if kind == "safetensors":
         return _export_file(out, loaded, weights, record, replace=replace)
     biased = any(bool(t.any()) for name, t in weights.items() if name.endswith("router.bias"))
@@ -96,12 +98,18 @@ def export_model(
         family = families.choose(config, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
     else:
         families.require(config, family, biased=biased, drop_mtp=drop_mtp, item_size=item_size)
-    if out.exists() and not (replace and (out / PROVENANCE).is_file()):
-        hint = "Replace it with: --force" if (out / PROVENANCE).is_file() else "Choose another name."
-        raise LmError(f"{out}: already exists.", hint=hint, code=Exit.CANNOT_CREATE)
     theirs = families.to_hf_tensors(weights, config, family)
-    documents = _hf_documents(loaded, family, dtype)
     record |= {"kind": "hf", "family": family}
+    steps = tuple(source["step"] for source in sources)
+    if out.exists():
+        if not (out / PROVENANCE).is_file():
+            raise LmError(f"{out}: already exists.", hint="Choose another name.", code=Exit.CANNOT_CREATE)
+        made = storage.read_json(out / PROVENANCE)
+        if not replace and _exported_before(out, made, record):
+            difference = check_export(out, loaded, dtype) if check else None
+            size = sum((out / name).stat().st_size for name in made["files"])
+            return ExportReport(out, family, size, _count(theirs), steps, difference, unchanged=True)
+    documents = _hf_documents(loaded, family, dtype)
     progress.start("write", None, "bytes")
     with storage.commit_directory(out, replace=replace) as folder:
         chunks, size = files.tensor_chunks(theirs, {"format": "pt"})
@@ -114,7 +122,6 @@ def export_model(
         storage.create_file(folder / PROVENANCE, _json(record))
         difference = check_export(folder, loaded, dtype) if check else None
     progress.finish()
-    steps = tuple(source["step"] for source in sources)
     return ExportReport(out, family, sum(d.bytes for d in digests.values()), _count(theirs), steps, difference)
 
 
@@ -123,10 +130,15 @@ def _export_file(
 ) -> ExportReport:
     if out.is_dir():
         raise LmError(f"{out}: a directory; --format safetensors writes one file.", code=Exit.CANNOT_CREATE)
-    if out.exists() and not replace:
-        raise LmError(f"{out}: already exists.", hint="Replace it with: --force", code=Exit.CANNOT_CREATE)
-    storage.make_directory(out.parent)
     record |= {"kind": "safetensors", "family": None}
+    steps = tuple(source["step"] for source in record["checkpoints"])
+    if out.exists():
+        made = _record_of_file(out)
+        if made is None:
+            raise LmError(f"{out}: already exists.", hint="Choose another name.", code=Exit.CANNOT_CREATE)
+        if not replace and _exported_before(out, made, record):
+            return ExportReport(out, None, out.stat().st_size, _count(weights), steps, None, unchanged=True)
+    storage.make_directory(out.parent)
     chunks, size = files.tensor_chunks(
         weights,
         {
@@ -136,8 +148,43 @@ def _export_file(
         },
     )
     digest = storage.write_file(out, chunks, size=size)
-    steps = tuple(source["step"] for source in record["checkpoints"])
     return ExportReport(out, None, digest.bytes, _count(weights), steps, None)
+
+
+_ORIGIN = ("format", "dtype", "step", "tokens", "tokenizer_sha256", "config", "drop_mtp", "kind", "family")
+"""What an export is made of, besides its checkpoints."""
+
+
+def _exported_before(out: Path, made: Any, asked: Mapping[str, Any]) -> bool:
+    """Whether an export is the very one that is asked for, whole. LmError (73) when it is another one."""
+    if not isinstance(made, dict):
+        made = {}
+    try:
+        before, now = (
+            {key: record.get(key) for key in _ORIGIN} | {"checkpoints": [c["id"] for c in record["checkpoints"]]}
+            for record in (made, asked)
+        )
+        storage.require_same(out, before, now)
+        for name, entry in (made.get("files") or {}).items():
+            if storage.sha256_file(out / name) != entry["sha256"]:
+                raise LmError(f"{out / name}: this export was changed since.", code=Exit.CANNOT_CREATE)
+    except (KeyError, TypeError):
+        raise LmError(f"{out}: already exists.", hint="Replace it with: --force", code=Exit.CANNOT_CREATE) from None
+    except LmError as error:
+        raise LmError(error.message, hint="Replace it with: --force", code=Exit.CANNOT_CREATE) from error
+    return True
+
+
+def _record_of_file(path: Path) -> Any:
+    """The record inside of a single-file export; None for any other file."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 64 << 20:
+                return None
+            return json.loads(json.loads(file.read(length))["__metadata__"]["lmshards"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------- weights

@@ -14,6 +14,7 @@ A name that is no directory is looked up on the Hugging Face Hub (HF_ENDPOINT an
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class ImportReport:
     config: ModelConfig
     tokenizer: str | None
     """Name of the tokenizer, None when there was none to read."""
+    unchanged: bool = False
+    """Whether the same call had made it before."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,6 @@ def import_model(
     65 for broken files, 73 when `out` exists."""
     folder = _find(source, progress)
     out = Path(out)
-    if out.exists():
-        raise LmError(f"{out}: already exists.", hint="Choose another name.", code=Exit.CANNOT_CREATE)
     found = read_model(folder, progress)
     moe = found.model.config.moe
     if any(layer.ffn == "e" for layer in found.model.config.layers):
@@ -101,14 +102,18 @@ def import_model(
     }
     definition = tokenizer.to_json() if tokenizer is not None else None
     weights = checkpoints.model_tensors(found.model)
+    parameters = sum(parameter.numel() for parameter in found.model.parameters())
+    report = ImportReport(out, found.family, parameters, run.model, tokenizer.name if tokenizer is not None else None)
+    if out.exists():
+        storage.require_same(out, _origin(_state_of(out)), _origin(state))
+        return dataclasses.replace(report, unchanged=True)
     snapshot = checkpoints.Snapshot(0, weights, {}, state, run.to_yaml().encode(), definition)
     with storage.commit_directory(out) as place:
         checkpoints.save(place / checkpoints.CHECKPOINTS, snapshot)
         if definition is not None:
             storage.create_file(place / rundir.TOKENIZER, definition)
         storage.create_file(place / rundir.CONFIG, run.to_yaml().encode())
-    parameters = sum(parameter.numel() for parameter in found.model.parameters())
-    return ImportReport(out, found.family, parameters, run.model, tokenizer.name if tokenizer is not None else None)
+    return report
 
 
 def open_model(
@@ -136,11 +141,34 @@ def open_model(
     found = read_model(path, progress)
     found.model.to(device=resolve_device(device), dtype=dtype)
     found.model.eval()
+    if found.tokenizer is not None:
+        found.tokenizer.opening = opening_of_tokenizer(found.tokenizer)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "samples": 0, "sources": []}
     if (path / PROVENANCE).is_file():
         record = read_provenance(path / PROVENANCE)
         state |= {"step": record.step or 0, "tokens": record.tokens or 0, "sources": [vars(s) for s in record.data]}
     return LoadedModel(found.model, found.tokenizer, found.config, state, path)
+
+
+def _state_of(out: Path) -> dict[str, Any]:
+    """The state of an imported model that was not trained on; empty for anything else."""
+    path = out / checkpoints.CHECKPOINTS / checkpoints.step_name(0)
+    try:
+        checkpoints.verify(path)
+        state = storage.read_json(path / checkpoints.STATE)
+    except LmError:
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _origin(state: Mapping[str, Any]) -> dict[str, Any]:
+    imported = state.get("imported_from") or {}
+    return {
+        "family": imported.get("family"),
+        "config.json": imported.get("config_sha256"),
+        "weights": imported.get("weights"),
+        "tokenizer": state.get("tokenizer_sha256"),
+    }
 
 
 # ---------------------------------------------------------------------------------------- reading

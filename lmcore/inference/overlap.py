@@ -13,52 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lmcore.data.manifest import MANIFEST, Manifest, read_manifest
-from lmcore.data.shard import DOCUMENT
-from lmcore.errors import Exit, LmError, from_os_error
-
-Hashes = npt.NDArray[np.uint64]
+from lmcore.data.manifest import MANIFEST, read_manifest
+from lmcore.data.split import document_hashes
+from lmcore.errors import Exit, LmError
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Documents of one evaluation set that also are in one training set."""
+    """Documents of one evaluation set that also are, or may be, in one training set."""
 
     training_set: str
     shared: int
+    """0 when there is no document index to count by."""
     documents: int
     """Different documents of the evaluation set."""
-
-
-def document_hashes(directory: str | Path, manifest: Manifest | None = None) -> Hashes | None:
-    """Sorted, different content hashes of the documents behind a set or view; None when it has no document index."""
-    directory = Path(directory)
-    manifest = manifest or read_manifest(directory)
-    found: list[Hashes] = []
-    for index, shard in enumerate(manifest.shards):
-        segments = np.array([(start, stop) for s, start, stop in manifest.segments if s == index], dtype=np.int64)
-        if not len(segments):
-            continue
-        if shard.docs_sha256 is None:
-            return None
-        path = directory / f"{shard.name}.docs.npy"
-        try:
-            records = np.load(path, allow_pickle=False)
-        except OSError as error:
-            raise from_os_error(error, path, "read") from error
-        except ValueError as error:
-            raise LmError(f"{path}: not a document index ({error}).", code=Exit.DATA) from error
-        if records.dtype != DOCUMENT or records.ndim != 1:
-            raise LmError(f"{path}: not a document index.", code=Exit.DATA)
-        # The segment that could hold each record is the last one that begins at or before it.
-        order = segments[segments[:, 0].argsort()]
-        starts = records["start"].astype(np.int64)
-        place = np.searchsorted(order[:, 0], starts, side="right") - 1
-        inside = (place >= 0) & (starts < order[np.maximum(place, 0), 1])
-        found.append(records["hash"][inside])
-    return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    of: str = ""
+    """The set whose views were made anew since the training, so that nobody knows which documents were trained on;
+    empty when it is certain."""
 
 
 def find_overlaps(state: Mapping[str, Any], directory: str | Path) -> tuple[list[Overlap], list[str]]:
@@ -67,7 +39,7 @@ def find_overlaps(state: Mapping[str, Any], directory: str | Path) -> tuple[list
     Returns the overlaps and, one sentence each, why a training set could not be compared.
     """
     manifest = read_manifest(directory)
-    hashes: Hashes | None = None
+    held_out = {entry.get("dataset_id") for entry in state.get("val") or []}
     overlaps: list[Overlap] = []
     unknown: list[str] = []
     for source in state.get("sources") or []:
@@ -75,33 +47,56 @@ def find_overlaps(state: Mapping[str, Any], directory: str | Path) -> tuple[list
         if dataset_id == manifest.dataset_id:
             overlaps.append(Overlap(path, max(manifest.n_docs, 1), max(manifest.n_docs, 1)))
             continue
-        if not (Path(path) / MANIFEST).is_file():
-            unknown.append(f"{path}: the training data are not here")
-            continue
-        training = read_manifest(path)
-        if training.dataset_id != dataset_id:
-            unknown.append(f"{path}: the training data have changed since")
-            continue
-        theirs = document_hashes(path, training)
-        if hashes is None:
-            hashes = document_hashes(directory, manifest)
-        if theirs is None or hashes is None:
-            unknown.append(f"{path if theirs is None else directory}: no document index")
-            continue
-        shared = len(np.intersect1d(hashes, theirs, assume_unique=True))
-        if shared:
-            overlaps.append(Overlap(path, shared, len(hashes)))
+        present = (Path(path) / MANIFEST).is_file()
+        if present and read_manifest(path).dataset_id == dataset_id:
+            place, certain = Path(path), True
+        else:
+            set_ = _set_around(path)
+            why = "the training data have changed since" if present else "the training data are not here"
+            if set_ is None or manifest.dataset_id in held_out:
+                unknown.append(f"{path}: {why}")
+                continue
+            place, certain = set_, False
+        ours = document_hashes(directory, manifest)
+        theirs = document_hashes(place, read_manifest(place))
+        of = "" if certain else str(place)
+        if ours is None or theirs is None:
+            if not certain and place.resolve() in (Path(directory).resolve(), *Path(directory).resolve().parents):
+                overlaps.append(Overlap(path, 0, 0, of))
+            else:
+                unknown.append(f"{place if theirs is None else directory}: no document index")
+        elif shared := len(np.intersect1d(ours, theirs, assume_unique=True)):
+            overlaps.append(Overlap(path, shared, len(ours), of))
     return overlaps, unknown
 
 
+def _set_around(path: str) -> Path | None:
+    """The set of which a view that is no longer there, or is another one now, was made."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / MANIFEST).is_file() and read_manifest(folder).split is None:
+            return folder
+    return None
+
+
 def refuse_overlap(state: Mapping[str, Any], directory: str | Path) -> list[str]:
-    """LmError 65 when an evaluation set shares documents with the training sets; else why some were not compared."""
+    """LmError 65 when an evaluation set shares documents with the training sets, or may do so because their views were
+    made anew; else why some were not compared."""
     overlaps, unknown = find_overlaps(state, directory)
     if overlaps:
-        worst = max(overlaps, key=lambda overlap: overlap.shared)
+        worst = max(overlaps, key=lambda overlap: (not overlap.of, overlap.shared))
+        if not worst.of:
+            what = (
+                f"{worst.shared:,} of its {worst.documents:,} documents are in the training data "
+                f"({worst.training_set}), so the result would not tell how the model does on new text."
+            )
+        else:
+            count = f"{worst.shared:,} of its {worst.documents:,} documents" if worst.documents else "its tokens"
+            what = (
+                f"{count} are in {worst.of}, whose views are other ones now than in the training, so nobody knows "
+                "which of them the model has seen."
+            )
         raise LmError(
-            f"{directory}: {worst.shared:,} of its {worst.documents:,} documents are in the training data "
-            f"({worst.training_set}), so the result would not tell how the model does on new text.",
+            f"{directory}: {what}",
             hint="Evaluate on a held-out view (lm split makes one), or insist with: --allow-overlap",
             code=Exit.DATA,
         )

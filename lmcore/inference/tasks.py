@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lmcore.config import same_name
 from lmcore.errors import Exit, LmError, from_os_error
 from lmcore.inference import mmlu
 from lmcore.progress import SILENT, Progress
@@ -155,7 +156,7 @@ def find_tasks(names: Sequence[str], folder: Path) -> list[tuple[str, Path]]:
     result = []
     for name in names:
         task, _, form = name.partition("/")
-        task = _ALIASES.get(task, task)
+        task = _ALIASES.get(task) or same_name(task, [*known, "mmlu"]) or task
         matching = [f"mmlu_{subject}" for subject in subjects] if task == "mmlu" and subjects else [task]
         for one in matching:
             forms = known.get(one)

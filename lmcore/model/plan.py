@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lmcore.config import same_name
 from lmcore.model.attention import MARGIN
 from lmcore.model.config import LayerKind, ModelConfig
 from lmcore.model.resonance import fft_size
@@ -264,7 +265,8 @@ _DATA_SHEETS: tuple[tuple[str, float, int], ...] = (
 def known_device(name: str) -> Device | None:
     """The data sheet of a GPU by (part of) its name; None for one that is not listed: nothing is guessed."""
     wanted = f" {_plain(name)} "
-    fits = [row for row in _DATA_SHEETS if f" {_plain(row[0])} " in wanted]
+    typed = same_name(name, known_device_names())
+    fits = [row for row in _DATA_SHEETS if row[0] == typed or (not typed and f" {_plain(row[0])} " in wanted)]
     if not fits:
         return None
     best = max(fits, key=lambda row: len(row[0]))

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lmcore.config import Config, Count, build, merge, parse_yaml, read_yaml
+from lmcore.config import Config, Count, build, did_you_mean, merge, parse_yaml, read_yaml, same_name
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
 from lmcore.model.plan import plan_model
@@ -361,18 +361,16 @@ def read_preset(name_or_path: str) -> tuple[str, dict[str, Any]]:
         if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():
             return path.parent.name, read_yaml(path)
         return path.stem, read_yaml(path)
-    entry = resources.files("lmcore.presets") / f"{name_or_path}.yaml"
-    if not entry.is_file():
-        import difflib
-
-        names = [name for name, _ in preset_names()]
-        near = difflib.get_close_matches(name_or_path, names, 1)
+    names = [name for name, _ in preset_names()]
+    name = same_name(name_or_path, names)
+    if name is None:
         raise LmError(
-            f"{name_or_path}: no preset of this name{f'; did you mean {near[0]}?' if near else '.'}",
+            f"{name_or_path}: no preset of this name{did_you_mean(name_or_path, names)}",
             hint="See them with: lm train --list-presets. A file needs the ending .yaml.",
         )
-    raw = parse_yaml(entry.read_text(encoding="utf-8"), f"preset {name_or_path}")
-    return name_or_path, raw if isinstance(raw, dict) else {}
+    entry = resources.files("lmcore.presets") / f"{name}.yaml"
+    raw = parse_yaml(entry.read_text(encoding="utf-8"), f"preset {name}")
+    return name, raw if isinstance(raw, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------- continuing a run

@@ -14,15 +14,18 @@ are written after them, and in run.jsonl.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lmcore
 from lmcore.config import build, merge
+from lmcore.data.manifest import created_by
 from lmcore.errors import Exit, LmError
-from lmcore.storage import read_json, read_json_lines
+from lmcore.storage import read_json, read_json_lines, sha256_file
 from lmcore.training import checkpoint
 from lmcore.training.config import (
     DataConfig,
@@ -151,6 +154,48 @@ def prepare(
     changes = tuple((key, before, value) for key, before, value, _ in differences(current, after))
     weights = _weights_of_the_beginning(run_dir) if found is None and after.train.init_from is not None else None
     return Launch(run_dir, after, original, sets, found, True, changes, {}, weights, (*notes, *sets.notes))
+
+
+# ---------------------------------------------------------------------------------------- what all ranks share
+
+
+def run_facts(launch: Launch) -> dict[str, str]:
+    """What makes two processes train the same run, as phrases to be compared: the program, where it begins, the data
+    and every setting but paths, which may differ from machine to machine."""
+    sets = launch.sets.manifests
+    train = [f"{sets[source.path].dataset_id[:12]} x {source.weight:g}" for source in launch.sets.train]
+    val = [sets[path].dataset_id[:12] for path in launch.sets.val]
+    place = {"train.device", "train.init_from", "data.train", "data.val", "data.stream", "data.tokenizer"}
+    settings = {key: value for key, value in flatten(launch.config).items() if key not in place}
+    return {
+        "code": f"runs lmshards {created_by('lm train')['version']} with the sources {_sources_hash()[:12]}",
+        "start": f"would begin at {_beginning(launch)}",
+        "train": f"has the training data {', '.join(train) or 'of a text'}",
+        "val": f"has the validation data {', '.join(val) or 'none'}",
+        "tokenizer": f"has {_short(launch.sets.tokenizer_sha256)}",
+        **{key: f"has {key} = {value}" for key, value in settings.items()},
+    }
+
+
+def _beginning(launch: Launch) -> str:
+    path = launch.checkpoint or launch.weights
+    if path is None:
+        return "the first step"
+    commit = sha256_file(path / checkpoint.COMMIT)[:12]
+    if launch.checkpoint is None:
+        return f"the first step with the weights of another run (COMMIT {commit})"
+    return f"step {checkpoint.step_of(path)} (COMMIT {commit})"
+
+
+def _sources_hash() -> str:
+    """sha256 over the modules of the library; the commands lie elsewhere in a source checkout."""
+    root = Path(lmcore.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if name.parts[0] != "tools":
+            digest.update(name.as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- a length in hours

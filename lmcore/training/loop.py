@@ -36,9 +36,10 @@ from lmcore.training.audit import Audit, audit
 from lmcore.training.batches import Loader, Shape, StepBatch
 from lmcore.training.checkpoint import Snapshot
 from lmcore.training.compilation import compile_step, run_eagerly
-from lmcore.training.data import RunData, open_data, refuse_changed_data
+from lmcore.training.config import RunConfig
+from lmcore.training.data import SOURCE, RunData, open_data, refuse_changed_data
 from lmcore.training.guards import Guard, LossScale
-from lmcore.training.launch import Launch
+from lmcore.training.launch import Launch, run_facts
 from lmcore.training.memory import out_of_memory
 from lmcore.training.observe import SILENT, Observer, RunInfo
 from lmcore.training.parallel import World
@@ -78,7 +79,9 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
     """Run until the end, a signal or the time limit. Raises LmError (70) when the run diverges, 75 when it is
     locked."""
     config = launch.config
-    device = machine.resolve_device(config.train.device)
+    with parallel.agreeing() as facts:
+        facts |= run_facts(launch)
+        device = machine.resolve_device(config.train.device)
     bound_kernel_cache()
     keep_freed_memory()  # a step asks for the same blocks as the one before: pages mapped anew cost a tenth of it
     with contextlib.ExitStack() as stack:
@@ -96,12 +99,25 @@ def train(launch: Launch, *, observer: Observer = SILENT) -> RunResult:
                 threads=config.train.threads,
             )
         )
-        kernels = machine.flash_attention(config.train.flash_attention, world.device, config.model.head_dim)
-        stack.enter_context(kernels)
-        run = stack.enter_context(rundir.opened(launch.run_dir, lock=world.main))
-        world.barrier()
+        with parallel.agreeing() as facts:
+            kernels = machine.flash_attention(config.train.flash_attention, world.device, config.model.head_dim)
+            stack.enter_context(kernels)
+            config = _resolved(launch, world)
+            facts |= {key: f"has train.{key} = {getattr(config.train, key)}" for key in _DECIDED}
+        with parallel.agreeing():
+            run = stack.enter_context(rundir.opened(launch.run_dir, lock=world.main))
         with out_of_memory(config):
-            return _Run(launch, run, world, stop, told).go()
+            return _Run(launch, config, run, world, stop, told).go()
+
+
+_DECIDED = ("dtype", "reduce", "lanes", "compile")
+"""What "auto" means depends on the machine, and must be the same on all."""
+
+
+def _resolved(launch: Launch, world: World) -> RunConfig:
+    recorded = {"train.micro_batch", "train.reduce", "train.compile"} if launch.exists else set()
+    recorded -= {key for key, _, _ in launch.changes}
+    return resolve(launch.config, world.device, world.size, recorded=frozenset(recorded))
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -111,13 +127,16 @@ class _Run:
     """The parts of a run and its position. Lives as long as `train`."""
 
     def __init__(
-        self, launch: Launch, run: rundir.RunDirectory, world: World, stop: signals.Stop, observer: Observer
+        self,
+        launch: Launch,
+        config: RunConfig,
+        run: rundir.RunDirectory,
+        world: World,
+        stop: signals.Stop,
+        observer: Observer,
     ) -> None:
         self.launch, self.run, self.world, self.stop, self.observer = launch, run, world, stop, observer
         _, self.dtype_reason = machine.resolve_dtype(launch.config.train.dtype, world.device)
-        recorded = {"train.micro_batch", "train.reduce", "train.compile"} if launch.exists else set()
-        recorded -= {key for key, _, _ in launch.changes}
-        config = resolve(launch.config, world.device, world.size, recorded=frozenset(recorded))
         if launch.config.train.micro_batch == "auto" and world.size > 1:
             # Cards of different sizes hold different numbers of rows, and all ranks must make the same passes.
             assert isinstance(config.train.micro_batch, int)
@@ -158,19 +177,17 @@ class _Run:
             self.step = saved["step"]
             self.validation = saved.get("validation") or {}
             return self._result("nothing to do", self.launch.checkpoint)
-        self.data = self._open_data()
-        if saved is not None:
-            refuse_changed_data(saved, self.data.identity, str(self.launch.run_dir))
-            if isinstance(self.data.samples, TextStream) and saved.get("source_state"):
-                self.data.samples.load_state(saved["source_state"])
+        self.data = self._open_data(saved)
         self._build()
-        if saved is not None:
-            self._restore(saved)
-        elif self.launch.weights is not None:
-            checkpoint.load_weights(self.model, self.launch.weights / checkpoint.MODEL)
+        with parallel.agreeing():
+            if saved is not None:
+                self._restore(saved)
+            elif self.launch.weights is not None:
+                checkpoint.load_weights(self.model, self.launch.weights / checkpoint.MODEL)
         self._find_peak()
-        if self.world.main:
-            self._open_run(saved)
+        with parallel.agreeing():
+            if self.world.main:
+                self._open_run(saved)
         self.trackers = Trackers.make(self.config, self.run.path, self.observer.warn) if self.world.main else Trackers()
         keep = self.config.train.checkpoint
         self.writer = CheckpointWriter(
@@ -198,13 +215,25 @@ class _Run:
         """Whether the run was interrupted between its last step and the end of its last validation."""
         return bool(self.launch.sets.val) and saved.get("validated_at", saved["step"]) < saved["step"]
 
-    def _open_data(self) -> RunData:
-        """The main rank first: a text source is frozen by whoever opens it first."""
-        if not self.world.main:
-            self.world.barrier()
-        data = open_data(self.config, self.launch.sets, self.run.path)
-        if self.world.main:
-            self.world.barrier()
+    def _open_data(self, saved: dict[str, Any] | None) -> RunData:
+        """The main rank first: a text source is frozen by whoever opens it first, and freed when the ranks disagree."""
+        frozen = (self.run.path / SOURCE).is_dir()
+        try:
+            with parallel.agreeing():
+                if self.world.main:
+                    data = open_data(self.config, self.launch.sets, self.run.path)
+            with parallel.agreeing() as facts:
+                if not self.world.main:
+                    data = open_data(self.config, self.launch.sets, self.run.path)
+                facts["data"] = f"has the training data {data.identity['dataset_id'][:12]}"
+        except LmError:
+            if not frozen and (self.run.path / SOURCE).is_dir():
+                storage.delete_directory(self.run.path / SOURCE)
+            raise
+        if saved is not None:
+            refuse_changed_data(saved, data.identity, str(self.launch.run_dir))
+            if isinstance(data.samples, TextStream) and saved.get("source_state"):
+                data.samples.load_state(saved["source_state"])
         return data
 
     def _build(self) -> None:
@@ -558,7 +587,6 @@ class _Run:
             "step": self.step,
             "kind": "train",
             "tokens": self.sample * length,
-            "epoch": self._epoch(),
             "loss": numbers.loss,
             "grad_norm": numbers.grad_norm,
             "lr": self.optimizer.lr(self.step - 1),
@@ -578,6 +606,8 @@ class _Run:
                 for name, total, rows in zip(self.data.samples.names, numbers.sources, batch.source_rows, strict=True)
                 if rows  # a small step may hold no row of a rare source
             }
+        if not isinstance(self.data.samples, TextStream):  # nobody knows how long a text is before its end
+            record["epoch"] = self.data.samples.epoch_of(self.sample)
         if self.scale.enabled:
             record["loss_scale"] = self.scale.scale
         if skipped:
@@ -601,10 +631,6 @@ class _Run:
         self.run.log(record)
         self.trackers.log(record)
         self.observer.step(record)
-
-    def _epoch(self) -> float:
-        samples = self.data.samples
-        return float(samples.epoch) if isinstance(samples, TextStream) else samples.epoch_of(self.sample)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self.world.main:

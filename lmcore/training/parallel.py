@@ -6,19 +6,28 @@ tensors.
 When a rank dies or hangs, the others notice: at once when its connections close, else after `train.dist_timeout_s`.
 They leave with one sentence and exit code 74, torchrun ends what is left, and the same command continues from the last
 checkpoint. Set-up, compiling and saving may keep one rank busy for long; there the patience is PATIENCE_S.
+
+Ranks may stand on machines that share no disk, so nobody takes for granted that they would train the same run: what
+each of them found is compared before anything is written (`agreeing`), and what one of them refuses, all refuse.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
+import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lmcore.errors import Exit, LmError
 from lmcore.model.model import LanguageModel
@@ -80,24 +89,6 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
-    def from_main(self, value: int) -> int:
-        """The main rank's value on every rank."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
-
-    def same_everywhere(self, digest: bytes) -> bool:
-        """Whether all ranks hold the same 32 bytes."""
-        if self.size == 1:
-            return True
-        mine = torch.tensor(list(digest), dtype=torch.int64, device=self.device)
-        low, high = mine.clone(), mine.clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        return torch.equal(low, high)
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -138,6 +129,9 @@ def joined(device: torch.device, *, timeout_s: float = World.timeout_s) -> Itera
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=max(PATIENCE_S, timeout_s)),
+            store=PrefixStore(f"group {next(_numbers)}", _meeting_place()),
+            rank=rank,
+            world_size=size,
         )
         try:
             yield World(rank, size, device, timeout_s)
@@ -177,6 +171,115 @@ def _lost_rank(error: RuntimeError, rank: int, size: int, timeout_s: float) -> L
         hint="The cause is in what that process said. The same command goes on from the last checkpoint.",
         code=Exit.IO,
     )
+
+
+# ---------------------------------------------------------------------------------------- agreement
+
+_LAST_WORDS_S = 2.0
+_numbers = itertools.count()
+"""Every rank comes to the same places in the same order."""
+
+
+@functools.cache
+def _meeting_place() -> Store:
+    """Where ranks that are not connected yet leave words for each other: torchrun's store, or one that rank 0 holds."""
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=PATIENCE_S)))
+    return store
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[dict[str, str]]:
+    """What is done inside must come out alike on all ranks. Collective; nothing inside may wait for another rank.
+
+    facts: what -> a phrase about this rank ("would begin at step 4"), to be the same on all of them.
+    LmError (2) on every rank that names the first one whose facts are not those of the main rank; an LmError inside, on
+    any rank, is raised on all of them. Only the main rank's is to be shown: the others are marked as `told`.
+    """
+    facts: dict[str, str] = {}
+    size = world_size()
+    if size == 1:
+        yield facts
+        return
+    rank, number = int(os.environ["RANK"]), next(_numbers)
+    try:
+        place = PrefixStore(f"agreement {number}", _meeting_place())
+        refused = None
+        try:
+            yield facts
+        except LmError as error:
+            refused = error
+        except BaseException as error:  # a bug, or Ctrl-C: this rank leaves with it, the others with this
+            ended = _json(LmError(f"ended by {type(error).__name__}.", code=Exit.BUG))
+            for key in (f"rank {rank}", "verdict")[: 2 if rank == 0 else 1]:
+                place.set(key, ended)
+            raise
+        place.set(f"rank {rank}", _json(refused or facts))
+        verdict = _verdict(place, size, refused) if rank == 0 else _told(place, rank)
+        if verdict is not None:
+            raise verdict from refused
+    except RuntimeError as error:
+        lost = _lost_rank(error, rank, size, PATIENCE_S)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _verdict(place: Store, size: int, refused: LmError | None) -> LmError | None:
+    """The main rank judges what all ranks have found."""
+    problem = refused or _first_problem(place, size)
+    place.set("verdict", _json(problem))
+    if problem is not None:  # whoever holds the place leaves last
+        with contextlib.suppress(dist.DistStoreError):
+            _wait_for(place, [f"rank {rank} knows" for rank in range(1, size)], _LAST_WORDS_S)
+    return problem
+
+
+def _first_problem(place: Store, size: int) -> LmError | None:
+    ours = json.loads(place.get("rank 0"))
+    for rank in range(1, size):
+        _wait_for(place, [f"rank {rank}"])
+        theirs = json.loads(place.get(f"rank {rank}"))
+        if "message" in theirs:
+            return LmError(
+                f"rank {rank} of {size}: {theirs['message']}", hint=theirs["hint"], code=Exit(theirs["code"])
+            )
+        differing = [
+            f"{theirs.get(what)}, rank 0 {phrase}" for what, phrase in ours.items() if theirs.get(what) != phrase
+        ]
+        if differing:
+            return LmError(
+                f"rank {rank} of {size} {'; '.join(differing[:4])}.",
+                hint="All ranks train one run: give every machine the same command, program, data and run directory "
+                "(on a shared disk, or a copy). Nothing was written.",
+            )
+    return None
+
+
+def _told(place: Store, rank: int) -> LmError | None:
+    _wait_for(place, ["verdict"])
+    verdict = json.loads(place.get("verdict"))
+    place.set(f"rank {rank} knows", "")
+    if verdict is None:
+        return None
+    time.sleep(_LAST_WORDS_S)  # a launcher ends all ranks as soon as one has left: the main rank speaks first
+    return LmError(verdict["message"], hint=verdict["hint"], code=Exit(verdict["code"]), told=True)
+
+
+def _wait_for(place: Store, keys: list[str], patience_s: float = PATIENCE_S) -> None:
+    """Ask again and again, so that a signal finds this process awake."""
+    deadline, pause = time.monotonic() + patience_s, 0.01
+    while not place.check(keys):
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("timed out")
+        time.sleep(pause)
+        pause = min(0.5, 1.2 * pause)
+
+
+def _json(found: LmError | Mapping[str, str] | None) -> str:
+    if isinstance(found, LmError):
+        return json.dumps({"message": found.message, "hint": found.hint, "code": int(found.code)})
+    return json.dumps(found)
 
 
 # ---------------------------------------------------------------------------------------- sharded weights

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lmcore.config import build, merge
+from lmcore.config import build, did_you_mean, merge
 from lmcore.data.manifest import MANIFEST
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
@@ -231,8 +231,10 @@ def find_target(name: str = "auto", dtype: str = "auto") -> Target:
     try:
         device = machine.resolve_device(name)
     except LmError as error:
+        near = did_you_mean(name, known_device_names())
         raise LmError(
-            error.message, hint=f"Use cpu, cuda, mps or auto, or one of: {', '.join(known_device_names())}."
+            error.message.rstrip(".") + near,
+            hint=f"Use cpu, cuda, mps or auto, or one of: {', '.join(known_device_names())}.",
         ) from None
     compute, _ = machine.resolve_dtype(dtype, device)
     kind = {value: key for key, value in machine.DTYPES.items()}[compute]

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from lmcore import interrupt
+
 ECHO_S = 1.0
 _CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -54,6 +56,7 @@ class Stop:
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
+        interrupt.answered()
         if number == self.number and time.monotonic() < self._echo_until:
             return
         if self.number:  # the second time: now

@@ -139,7 +139,7 @@ class Tokenize:
 
 
 class Split:
-    """`lm split` with another fraction than last time: the old views are replaced."""
+    """`lm split --replace` with another fraction than last time: the old views are replaced."""
 
     units = 1
 
@@ -153,7 +153,13 @@ class Split:
     def run(self, out: Path) -> None:
         with mock.patch.object(split, "created_by", return_value={}):
             split.split_set(
-                out, {"val": 0.2}, link=self.link, materialize=self.materialize, min_tokens=1, progress=_Telling()
+                out,
+                {"val": 0.2},
+                link=self.link,
+                materialize=self.materialize,
+                replace=True,
+                min_tokens=1,
+                progress=_Telling(),
             )
         acknowledge(1)
 

@@ -95,7 +95,7 @@ def test_a_smaller_fraction_lies_inside_the_larger_one(make_set: Callable[..., T
     tiny = make_set(documents=documents())
     split_set(tiny.path, {"val": 0.4})
     large = texts_of(tiny.path / "val")
-    split_set(tiny.path, {"val": 0.1})
+    split_set(tiny.path, {"val": 0.1}, replace=True)
     small = texts_of(tiny.path / "val")
     assert small
     assert set(small) < set(large)
@@ -155,7 +155,7 @@ def test_a_new_split_replaces_the_old_one_with_all_its_views(make_set: Callable[
     tiny = make_set(documents=documents())
     split_set(tiny.path, {"val": 0.2, "test": 0.2})
     (tiny.path / "mine").mkdir()
-    report = split_set(tiny.path, {"val": 0.3})
+    report = split_set(tiny.path, {"val": 0.3}, replace=True)
     assert report.removed == ["test"]
     assert sorted(p.name for p in tiny.path.iterdir() if p.is_dir()) == ["mine", "train", "val"]
 

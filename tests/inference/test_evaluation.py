@@ -11,12 +11,14 @@ import pytest
 import tokenizer_zoo as zoo
 import torch
 
+from lmcore.data.manifest import read_manifest
+from lmcore.data.split import document_hashes
 from lmcore.data.stream import TokenStream
 from lmcore.data.text_bytes import text_bytes
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import LmError
 from lmcore.inference.evaluate import difference, evaluate, evaluate_model, token_losses
-from lmcore.inference.overlap import document_hashes, find_overlaps, refuse_overlap
+from lmcore.inference.overlap import find_overlaps, refuse_overlap
 from tests.inference.tiny import documents, make_run, make_set, small_config, small_loaded, small_model
 
 
@@ -197,7 +199,7 @@ def test_overlap_is_found_by_content(data: Path, tmp_path: Path) -> None:
     from lmcore.training.checkpoint import load_model
 
     state = load_model(run, device="cpu").state
-    train, val = document_hashes(data / "train"), document_hashes(data / "val")
+    train, val = (document_hashes(data / name, read_manifest(data / name)) for name in ("train", "val"))
     assert train is not None
     assert val is not None
     assert (len(train), len(val), len(np.intersect1d(train, val))) == (16, 8, 0)

@@ -291,8 +291,9 @@ def test_an_existing_directory_is_never_overwritten_unless_it_is_an_export(run: 
         assert refused.value.code == 73
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     export_model(run, tmp_path / "out")
+    assert export_model(run, tmp_path / "out").unchanged
     with pytest.raises(LmError, match="already exists"):
-        export_model(run, tmp_path / "out")
+        export_model(run, tmp_path / "out", dtype="bf16")
     export_model(run, tmp_path / "out", replace=True, dtype="bf16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 

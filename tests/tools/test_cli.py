@@ -147,3 +147,48 @@ def test_json_is_one_document(capsys):
 
     ui.emit_json({"a": 1, "text": "\u00e9"})
     assert json.loads(capsys.readouterr().out) == {"a": 1, "text": "\u00e9"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("train", "--data", ""), "--data"),
+        (("train", "--preset="), "--preset"),
+        (("train", ""), "an argument"),
+        (("train", "--set", "optim.lr="), "optim.lr="),
+        (("train", "--override", "optim.lr= "), "optim.lr="),
+        (("split", ""), "an argument"),
+        (("split", "x", "--view", ""), "--view"),
+        (("export", "x", "--out", ""), "--out"),
+        (("eval", "-d", ""), "-d"),
+        (("tokenize", "x", "--tokenizer="), "--tokenizer"),
+        (("plan", ""), "an argument"),
+    ],
+)
+def test_an_empty_argument_is_a_mistake_and_not_a_default(lm, tmp_path, monkeypatch, arguments, what):
+    monkeypatch.chdir(tmp_path)
+    refused = lm(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert what in refused.err
+    assert refused.err.count("error:") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_text_is_a_text(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "empty" not in lm("generate", "--prompt", "").err
+    assert "empty" not in lm("inspect", "x", "--text=").err
+
+
+def test_a_dash_is_a_letter(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("d_model=64", "num_layers=2", "num_heads=2", "vocab_size=300")
+    settings = [word for setting in small for word in ("-s", f"model.{setting}")]
+    (tmp_path / "dash.yaml").write_text("model:\n  ffn: -  # none\n  depth: -\n")
+    typed = lm("plan", "nano", *settings, "-s", "model.ffn=-", "-s", "model.depth=-", "--parameters")
+    assert typed.code == 0, typed.err
+    assert "ffn" not in typed.out
+    assert "attn" in typed.out or "mixer" in typed.out
+    written = lm("plan", "dash.yaml", *settings, "--parameters")
+    assert written.code == 0, written.err
+    assert "ffn" not in written.out

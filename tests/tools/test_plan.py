@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from lmcore.data.registry import parse_dataset
+from lmcore.model.plan import known_device
+
 SMALL = (
     "-s",
     "model.d_model=128",
@@ -105,3 +108,19 @@ def test_help_shows_examples(lm):
     outcome = lm("plan", "--help")
     assert outcome.code == 0
     assert "lm plan gpt2-124m" in outcome.out
+
+
+@pytest.mark.parametrize("typed", ["rtx4090", "RTX-4090", "rtx_4090", "NVIDIA GeForce RTX 4090"])
+def test_a_device_is_known_by_its_letters_and_digits(typed):
+    found = known_device(typed)
+    assert found is not None
+    assert found.name == "RTX 4090"
+
+
+def test_names_are_known_by_their_letters_and_the_nearest_is_said(lm):
+    far = lm("plan", "nano", "--device", "rtx4080")
+    assert far.code == 2
+    assert "did you mean RTX 4090?" in far.err
+    assert lm("plan", "GPT2_124M", "--parameters").out == lm("plan", "gpt2-124m", "--parameters").out
+    assert "did you mean gpt2-124m?" in lm("plan", "gpt2-125m").err
+    assert parse_dataset("FineWeb_Edu:100bt") == parse_dataset("fineweb-edu:100BT")

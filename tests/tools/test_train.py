@@ -265,3 +265,26 @@ def test_the_curve_of_a_long_run_stays_small():
     assert pace.losses == sorted(pace.losses)
     assert pace.losses[0] < 10
     assert pace.losses[-1] > 4900
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("small", "lm train runs/small --preset small"),
+        ("Tiny_MoE", "lm train runs/tiny-moe --preset tiny-moe"),
+        ("tiny.yaml", "lm train runs/tiny --preset tiny.yaml"),
+        ("absent.yml", "lm train runs/absent --preset absent.yml"),
+    ],
+)
+def test_a_preset_where_the_run_directory_belongs_is_refused_with_the_command_that_was_meant(lm, tiny, typed, meant):
+    refused = lm("train", typed, "--data", "data")
+    assert refused.code == 2
+    assert meant in refused.err
+    assert not (tiny / typed).is_dir()
+    assert not (tiny / "runs").exists()
+
+
+def test_a_run_may_bear_the_name_of_a_preset(lm, tiny):
+    assert lm("train", "small", "--preset", "tiny.yaml", "--data", "data").code == 0
+    assert "nothing to do" in lm("train", "--resume", "small").out
+    assert "holds a run" in lm("train", "small", "--data", "data").err  # the directory exists: it is meant

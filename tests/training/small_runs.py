@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,34 +100,34 @@ class Lab:
 
     def start_ranks(self, count: int, name: str, *settings: str) -> list[subprocess.Popen[str]]:
         """The ranks of a run as processes, as a launcher without supervision would start them."""
+        return self.start_machines([{"arguments": (str(self.root / name),)}] * count, *settings)
+
+    def start_machines(self, places: Sequence[Mapping[str, Any]], *settings: str) -> list[subprocess.Popen[str]]:
+        """The same with `arguments` for each rank alone, and with the program of its `home`/code if it has one."""
         typed = itertools.chain.from_iterable(("--set", setting) for setting in settings)
-        command = [
-            sys.executable,
-            "-m",
-            "lmcore",
-            "train",
-            str(self.root / name),
-            "--preset",
-            str(self.preset()),
-            *typed,
-        ]
+        shared = ["--preset", str(self.preset()), *typed]
         port = str(random.SystemRandom().randrange(20_000, 60_000))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-        return [
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT),
-                    **(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
-                },
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(places))}
+        started = []
+        for rank, place in enumerate(places):
+            code = place.get("home", ROOT) / "code"
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(code if code.is_dir() else ROOT),
+                **(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if len(places) > 1 else {}),
+            }
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "lmcore", "train", *shared, *place["arguments"]],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                    cwd=code if code.is_dir() else None,
+                )
             )
-            for rank in range(count)
-        ]
+        return started
 
     def run_ranks(self, count: int, name: str, *settings: str) -> None:
         """Start ranks and wait until all have finished well."""
