@@ -18,6 +18,7 @@ def command(
         typer.Option("--out", "-o", help="Directory of the merged set.", show_default="the common name of the parts"),
     ] = None,
     json: ui.Json = False,
+    quiet: ui.Quiet = False,
 ) -> None:
     """Join the parts that `lm tokenize --part I/N` made. The tokens stay where they are; the set holds links to them.
 
@@ -52,4 +53,5 @@ def command(
         ("dataset_id", manifest.dataset_id),
     ]
     ui.table(("merged set", str(target)), rows)
-    ui.say(f"Next: lm validate {target}, then lm split {target}")
+    if not quiet:
+        ui.say(f"Next: lm validate {target}, then lm split {target}")

@@ -15,9 +15,10 @@ from typing import Any
 
 from lmcore.data.documents import filter_lengths
 from lmcore.data.encoder import Backend, open_encoder
-from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes, make_plan
+from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes
 from lmcore.data.readers import check_columns, parquet_metadata, read
 from lmcore.data.sources import resolve
+from lmcore.data.tokenization import divided_plan
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 
@@ -41,6 +42,8 @@ class Forecast:
     seconds: float
     workers: int
     backend: str
+    notes: tuple[str, ...] = ()
+    """What is left out or was seen, as the tokenization would say it."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +53,9 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     """Estimate a tokenization without writing anything. Raises what `tokenize` would raise about its source."""
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
-    plan = make_plan(config, resolve(config.dataset, config.paths))
+    source = resolve(config.dataset, config.paths, reading=config.reading)
+    told = _Notes(list(source.notes))
+    plan = divided_plan(config, source, told)
     units = plan.own_units
     check_columns(units, config.text_column)
     sample = []
@@ -110,7 +115,27 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
         seconds=round(scale * share * max(reading, encoding / workers) + 1.0, 1),
         workers=workers,
         backend=stage.record.name,
+        notes=tuple(told.said),
     )
+
+
+@dataclass
+class _Notes:
+    """A progress that keeps what is said."""
+
+    said: list[str]
+
+    def start(self, task: str, total: float | None, unit: str) -> None: ...
+
+    def advance(self, amount: float) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
 
 
 def _text_bytes(plan: Plan, sampled: int) -> float:
@@ -128,7 +153,7 @@ def _count_records(plan: Plan) -> int | None:
     """The exact number of records when files on this machine tell it."""
     total = 0
     for unit in plan.own_units:
-        if unit.format in ("text", "python"):
+        if unit.format in ("text", "python") and not unit.separators:
             total += 1
         elif unit.format == "parquet" and not unit.is_remote:
             total += parquet_metadata(unit).num_rows

@@ -157,7 +157,13 @@ def _text_config(data: DataConfig) -> TokenizeConfig:
     source = str(data.stream)
     files = source == "-" or "://" in source or any(c in source for c in "*?[") or Path(source).exists()
     where: dict[str, Any] = {"paths": (source,)} if files else {"dataset": source}
-    return TokenizeConfig(**where, tokenizer=str(data.tokenizer), text_column=data.text_column)
+    return TokenizeConfig(
+        **where,
+        tokenizer=str(data.tokenizer),
+        text_column=data.text_column,
+        format=data.format,
+        separator=data.separator,
+    )
 
 
 def data_identity(config: RunConfig, sets: DataSets, text_id: str = "") -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_the_package_is_located_and_not_imported(tmp_path: Path, monkeypatch: py
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     for content, message in [
-        ("{", "not lines of JSON"),
+        ("{", r"requests\.jsonl:1: not valid JSON"),
         ('{"doc_id": 0}', r"requests\.jsonl:1: not a request"),
         ("", "no request in it"),
     ]:
