@@ -27,7 +27,7 @@ def command(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Bytes per id (2 or 4) of headerless files; looked up when not given.",
+            help="Bytes per id (1, 2, 4 or 8) of headerless files; looked up, or asked for, when not given.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),

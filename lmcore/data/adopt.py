@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,8 @@ def adopt(
 ) -> list[AdoptReport]:
     """Make a shard set `out` of foreign data; several sets `out/train`, `out/val` when the file names say so.
 
-    tokenizer: the one that made the ids, if it is known. width: 2 or 4 bytes per id of headerless files. seq_len: row
-    length of converted shards (default: the data's own, else 2,048). copy: convert even where a link would do.
+    tokenizer: the one that made the ids, if it is known. width: 1, 2, 4 or 8 bytes per id of headerless files. seq_len:
+    row length of converted shards (default: the data's own, else 2,048). copy: convert even where a link would do.
     Raises LmError (65) for data that is not sound, (73) when `out` holds something already.
     """
     path, out = Path(path), Path(out)
@@ -76,14 +77,16 @@ def adopt(
         raise LmError(f"{path}: no such file or directory.")
     if (path / MANIFEST).exists():
         raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {path}")
-    if width not in (None, 2, 4):
-        raise LmError(f"width={width}: ids have 2 or 4 bytes.")
+    if width not in (None, 1, 2, 4, 8):
+        raise LmError(f"width={width}: ids have 1, 2, 4 or 8 bytes.")
     found = other.recognise(path, width)
     other.require_readable(found)
-    return [
+    reports = [
         _adopt_group(found, files, out / name if name else out, tokenizer, seq_len, copy, progress)
         for name, files in found.groups().items()
     ]
+    reports[0].warnings += [remark + "." for remark in found.remarks]
+    return reports
 
 
 def _adopt_group(
@@ -301,7 +304,7 @@ def _documents(
         runs_on = by_eos and unit + 1 < len(files) and array[-1] != eos_id
         part = np.zeros(len(lengths) - runs_on, LENGTHS)
         part["length"], part["unit"] = lengths[: len(part)] + unended, unit
-        part["row"] = np.arange(len(part))
+        part["row"] = np.arange(len(part)) if by_eos or file.rows is None else file.rows
         stop = 0
         for k, length in enumerate(lengths.tolist()):
             start, stop = stop, stop + length
@@ -381,7 +384,12 @@ def validate_foreign(path: Path, level: str, report: Report, progress: Progress)
         _smells(found, report)
     how = "linked, no byte copied" if _linkable(found.files) else "converted"
     report.findings.append(
-        Finding("V201", str(path), f"{found.kinds} data, would be {how}", f"lm import {path} --out shards/NAME")
+        Finding(
+            "V201",
+            str(path),
+            "; ".join([f"{found.kinds} data, would be {how}", *found.remarks]),
+            f"lm import {shlex.quote(str(path))} --out shards/NAME",
+        )
     )
 
 

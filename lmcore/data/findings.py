@@ -285,4 +285,10 @@ CODES: dict[str, Code] = {
         "a pickle",
         "The file can only be read by running code that is inside it; it is not opened. Save plain arrays or tensors.",
     ),
+    "V207": Code(
+        "error",
+        "the width of the ids is not clear",
+        "A headerless file does not say how many bytes an id has, and what it holds can be read in more than one way. "
+        "lm import --width says it.",
+    ),
 }
