@@ -63,6 +63,7 @@ def command(
 
     from lmcore.data.adopt import adopt
     from lmcore.data.tokenizer import Tokenizer
+    from lmcore.errors import quoted
 
     with ui.progress(quiet or json) as progress:
         reports = adopt(
@@ -88,4 +89,4 @@ def command(
     for report in reports:
         for warning in report.warnings:
             ui.say(f"note: {report.path}: {warning}")
-    ui.emit(f"Next: lm validate {reports[0].path}")
+    ui.emit(f"Next: lm validate {quoted(reports[0].path)}")

@@ -29,6 +29,7 @@ def command(
         lm merge shards/corpus-part-*
     """
     from lmcore.data.merge import merge
+    from lmcore.errors import quoted
 
     target = out or parts[0].with_name(re.sub(r"-part-\d+-of-\d+$", "", parts[0].name) or "merged")
     if target.resolve() in {part.resolve() for part in parts}:
@@ -54,4 +55,4 @@ def command(
     ]
     ui.table(("merged set", str(target)), rows)
     if not quiet:
-        ui.say(f"Next: lm validate {target}, then lm split {target}")
+        ui.say(f"Next: lm validate {quoted(target)}, then lm split {quoted(target)}")

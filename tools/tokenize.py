@@ -283,6 +283,7 @@ def _command_line() -> str:
 
 
 def _show(report: TokenizeReport) -> None:
+    from lmcore.errors import quoted
     from lmcore.storage import format_bytes
 
     if report.already_finished:
@@ -303,7 +304,7 @@ def _show(report: TokenizeReport) -> None:
         rows.append(("time", f"{report.seconds:.1f} s ({speed:.1f} MB/s)"))
     rows.append(("dataset_id", report.dataset_id))
     ui.table(("shard set", str(report.path)), rows)
-    ui.say(f"Next: lm validate {report.path}, then lm split {report.path}")
+    ui.say(f"Next: lm validate {quoted(report.path)}, then lm split {quoted(report.path)}")
 
 
 def _show_forecast(forecast: Forecast) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from lmcore.data.foreign import Foreign, ForeignFile
 from lmcore.data.manifest import MANIFEST, TOKENIZER, Manifest, ShardEntry, created_by, make_manifest
 from lmcore.data.rewrite import LENGTHS, index_records, write_shards
 from lmcore.data.shard import HEADER_BYTES, MAX_SEQ_LEN, npy_chunks, npy_header, shard_name, token_dtype
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def adopt(
     if not path.exists():
         raise LmError(f"{path}: no such file or directory.")
     if (path / MANIFEST).exists():
-        raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {path}")
+        raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {quoted(path)}")
     if width not in (None, 1, 2, 4, 8):
         raise LmError(f"width={width}: ids have 1, 2, 4 or 8 bytes.")
     found = other.recognise(path, width)
@@ -388,7 +387,7 @@ def validate_foreign(path: Path, level: str, report: Report, progress: Progress)
             "V201",
             str(path),
             "; ".join([f"{found.kinds} data, would be {how}", *found.remarks]),
-            f"lm import {shlex.quote(str(path))} --out shards/NAME",
+            f"lm import {quoted(path)} --out shards/NAME",
         )
     )
 

@@ -50,7 +50,7 @@ def explain(code: str) -> str:
     return f"{code.upper()} ({entry.severity}): {entry.title}\n{entry.explanation}"
 
 
-_RETOKENIZE = "Run lm validate --repair, or the same lm tokenize command again in a new directory."
+_RETOKENIZE = "Run lm validate SET --repair, or the same lm tokenize command again in a new directory."
 _REVIEW = "Run lm split on the set again: views are made anew, no token is copied."
 
 CODES: dict[str, Code] = {
@@ -289,6 +289,6 @@ CODES: dict[str, Code] = {
         "error",
         "the width of the ids is not clear",
         "A headerless file does not say how many bytes an id has, and what it holds can be read in more than one way. "
-        "lm import --width says it.",
+        "Say it: lm import PATH --out DIR --width 2",
     ),
 }

@@ -17,7 +17,6 @@ Left out: making a shard set of it (adopt.py); how .pt files are read (tensor_fi
 from __future__ import annotations
 
 import re
-import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ import numpy.typing as npt
 from lmcore.data.findings import Finding
 from lmcore.data.sources import format_of_name
 from lmcore.data.tensor_file import Refused, TensorIds, find_ids
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 
 LLMC_HEADER = 256 * 4
 _LLMC_WIDTH = {20240520: 2, 20240801: 4}
@@ -62,11 +61,11 @@ _GROUP = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)"
 
 
 class Unreadable(Exception):
-    """A foreign file that cannot be read; `code` is the finding, `options` what would settle it."""
+    """A foreign file that cannot be read; `code` is the finding, `widths` the readings to choose from."""
 
-    def __init__(self, code: str, message: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, code: str, message: str, widths: tuple[int, ...] = ()) -> None:
         super().__init__(message)
-        self.code, self.message, self.options = code, message, options
+        self.code, self.message, self.widths = code, message, widths
 
 
 @dataclass
@@ -181,10 +180,11 @@ def recognise(path: Path, width: int | None = None) -> Foreign:
 
 
 def _fault(asked: Path, file: Path, error: Unreadable) -> Finding:
-    if not error.options:
+    if not error.widths:
         return Finding(error.code, str(file), error.message)
-    command = f"lm import {shlex.quote(str(asked))} --out shards/NAME {error.options[0]}"
-    return Finding(error.code, str(file), f"{error.message}; say which it is: {' or '.join(error.options)}", command)
+    choices = " or ".join(f"--width {width}" for width in error.widths)
+    command = f"lm import {quoted(asked)} --out shards/NAME --width {error.widths[0]}"
+    return Finding(error.code, str(file), f"{error.message}; say which it is: {choices}", command)
 
 
 def _token_files(folder: Path, remarks: list[str]) -> list[Path]:
@@ -221,7 +221,7 @@ def _open(path: Path) -> ForeignFile:
         head = file.read(LLMC_HEADER)
     size = path.stat().st_size
     if format_of_name(path.name) is not None:
-        raise Unreadable("V200", f"text, not token ids; make tokens of it: lm tokenize {shlex.quote(str(path))}")
+        raise Unreadable("V200", f"text, not token ids; make tokens of it: lm tokenize {quoted(path)}")
     if path.suffix in (".pkl", ".pickle") or _is_pickle(head):
         raise Unreadable("V206", "a pickle is not opened; save the ids with numpy.save")
     if head.startswith(_NPY_MAGIC):
@@ -344,7 +344,7 @@ def _not_clear(sample: bytes, why: str, widths: tuple[int, ...]) -> Unreadable:
     for width in widths:
         ids = np.frombuffer(sample[: len(sample) // width * width], f"<u{width}")
         said.append(f"{len(ids):,} ids of {width} bytes up to {int(ids.max()):,}")
-    return Unreadable("V207", f"{why} ({', or '.join(said)})", tuple(f"--width {width}" for width in widths))
+    return Unreadable("V207", f"{why} ({', or '.join(said)})", widths)
 
 
 # ---------------------------------------------------------------------------------------- files with a header
@@ -462,7 +462,7 @@ def require_readable(foreign: Foreign) -> None:
     if foreign.faults:
         fault = foreign.faults[0]
         more = f" (and {len(foreign.faults) - 1} more)" if len(foreign.faults) > 1 else ""
-        hint = fault.repair or f"See: lm validate {shlex.quote(str(foreign.path))}"
+        hint = fault.repair or f"See: lm validate {quoted(foreign.path)}"
         raise LmError(f"{fault.where}: {fault.message}{more}.", hint=hint, code=Exit.DATA)
     if not foreign.files:
         raise LmError(

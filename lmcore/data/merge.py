@@ -82,7 +82,7 @@ def _in_order(plans: dict[Path, Plan]) -> list[Path]:
         shown = ", ".join(f"{number}/{total}" for number in missing[:5])
         raise LmError(
             f"{len(missing)} of {total} parts are missing ({shown}).",
-            hint=f"Make them: lm tokenize ... --part {shown.split(',')[0]}",
+            hint=f"Make them with the options of the others: lm tokenize PATH --part {missing[0]}/{total}",
         )
     return [by_number[number] for number in range(1, total + 1)]
 

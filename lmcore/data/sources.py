@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from lmcore.data.content import HEAD_BYTES, JSONL, TEXT, Content, content_of
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 
 Format = Literal["text", "python", "jsonl", "parquet", "arrow", "rows"]
 FormatChoice = Literal["auto", "text", "jsonl", "parquet", "arrow"]
@@ -211,7 +211,7 @@ def _local(path: str, notes: list[str], reading: Reading) -> list[Unit]:
         return [unit]
     if glob.has_magic(path):
         return _matches(path, str(given), notes, reading)
-    hint = f"Did you mean the dataset on the Hub? lm tokenize --dataset {path}" if path.count("/") == 1 else ""
+    hint = f"Did you mean the dataset on the Hub? lm tokenize --dataset {quoted(path)}" if path.count("/") == 1 else ""
     raise LmError(f"{shown(path)}: no such file or directory.", hint=hint)
 
 

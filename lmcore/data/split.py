@@ -44,7 +44,7 @@ from lmcore.data.manifest import (
 )
 from lmcore.data.rewrite import LENGTHS, write_shards
 from lmcore.data.stream import TokenStream
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 from lmcore.progress import SILENT, Progress
 
 By = Literal["auto", "document", "shard", "rows"]
@@ -111,7 +111,9 @@ def split_set(
     path = Path(path)
     parent = read_manifest(path)
     if parent.kind == "view":
-        raise LmError(f"{path}: this is a view already.", hint=f"Split the set: lm split {path.resolve().parent}")
+        raise LmError(
+            f"{path}: this is a view already.", hint=f"Split the set: lm split {quoted(path.resolve().parent)}"
+        )
     rule = _Rule(dict(fractions or {}), dict(documents or {}), salt)
     chosen = _choose(parent, by, path)
     if chosen != "document" and rule.documents:

@@ -23,7 +23,7 @@ from lmcore.data.sampler import Mixture, Sampler
 from lmcore.data.stream import TokenStream
 from lmcore.data.streaming import TextStream
 from lmcore.data.tokenizer import Tokenizer
-from lmcore.errors import Exit, LmError
+from lmcore.errors import Exit, LmError, quoted
 from lmcore.training.config import DataConfig, RunConfig, Source
 
 TRAIN_VIEW, VAL_VIEW = "train", "val"
@@ -61,7 +61,7 @@ def inspect(config: DataConfig) -> DataSets:
                 val.append(str(beside))
             else:
                 notes.append(
-                    f"{root} has no validation view: this run is not validated (make one with: lm split {root})"
+                    f"{root} has no validation view: this run is not validated (make one with: lm split {quoted(root)})"
                 )
     if config.val is not None:
         val = [str(Path(p) / VAL_VIEW) if (Path(p) / VAL_VIEW / MANIFEST).is_file() else p for p in config.val]
