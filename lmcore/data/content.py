@@ -164,14 +164,13 @@ def _json_content(text: bytes, whole: bool, compression: str) -> Content:
         except (ValueError, RecursionError):
             found.append(None)
     objects = [value for value in found if isinstance(value, dict)]
+    lists = sum(isinstance(value, list) for value in found)
+    if re.match(rb'\[\s*\{\s*"', text) and not 1 < lists == len(found):
+        return Content("one JSON array", compression, is_markup=True)
     if isinstance(found[0], dict) or 2 * len(objects) >= len(found):
         return Content(JSONL, compression, keys=tuple(objects[0]) if objects else ())
-    if isinstance(found[0], list) and found[0] and isinstance(found[0][0], dict) and len(found) == 1:
-        return Content("one JSON array", compression, is_markup=True)
     if all(isinstance(value, dict | list | str) for value in found):
         return Content(JSONL, compression)
-    if re.match(rb'\[\s*\{\s*"', text):
-        return Content("one JSON array", compression, is_markup=True)
     if re.match(rb'\{\s*\n\s*"', text):
         return Content("a JSON object over several lines", compression, is_markup=True)
     if all(_OPEN_OBJECT.match(line.strip()) for line in lines):

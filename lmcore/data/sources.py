@@ -19,9 +19,11 @@ readers.py.
 from __future__ import annotations
 
 import collections
+import fnmatch
 import glob
 import hashlib
 import os
+import re
 import stat
 import sys
 import sysconfig
@@ -216,27 +218,39 @@ def _local(path: str, notes: list[str], reading: Reading) -> list[Unit]:
 
 
 def _matches(path: str, pattern: str, notes: list[str], reading: Reading) -> list[Unit]:
-    """Files that match; folders that match are searched, as they are when a shell expands the pattern (** has been in
-    them already)."""
-    matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    """Files that match; folders that match are searched, as they are when a shell expands the pattern. What ** goes
+    through is walked like a folder: through links, and nothing twice."""
+    above, deep, below = pattern.partition("**")
+    if deep:
+        wanted = re.compile(_expression(below))
+        matches = []
+        for folder in glob.glob(above or "."):
+            walked = _walk(Path(folder)) if os.path.isdir(folder) else _Found([], [], [], 0)
+            matches += [p for p in walked.files if wanted.fullmatch("/" + p.relative_to(folder).as_posix())]
+            if walked.repeated:
+                notes.append(_repeated(Path(folder), walked))
+    else:
+        matches = [Path(p) for p in glob.glob(pattern)]
     units: list[Unit] = []
-    for match in matches:
-        if not match.is_dir():
-            units.append(local_unit(match, reading))
-        elif "**" not in pattern:
-            units.extend(_folder(match, notes, reading))
+    for match in sorted(matches, key=str):
+        units.extend(_folder(match, notes, reading) if match.is_dir() else [local_unit(match, reading)])
     if not units:
         raise LmError(f"{shown(path)}: no file matches this pattern.")
     return units
 
 
+def _expression(below: str) -> str:
+    """A regular expression for what follows a ** in a pattern, as it stands in a path behind the folder."""
+    parts = ["(?:/[^/]+)*"]
+    for part in [part for part in below.split("/") if part] or ["*"]:
+        parts.append("(?:/[^/]+)*" if part == "**" else "/(?!\\.)" + fnmatch.translate(part).replace(".*", "[^/]*"))
+    return "".join(part.replace("\\Z", "") for part in parts)
+
+
 def _folder(root: Path, notes: list[str], reading: Reading) -> list[Unit]:
     found = _walk(root)
     if found.repeated:
-        notes.append(
-            f"{shown(root)}: links lead to {len(found.repeated)} folders that are read already (such as "
-            f"{shown(found.repeated[0])}); they are read once."
-        )
+        notes.append(_repeated(root, found))
     chosen, beside = _choose(root, found, reading)
     if not chosen:
         left = _kinds(found.files, found)
@@ -251,6 +265,13 @@ def _folder(root: Path, notes: list[str], reading: Reading) -> list[Unit]:
     if left := _kinds([p for p in found.files if p not in taken], found):
         notes.append(f"{shown(root)}: left out: {left}.")
     return [local_unit(p, reading) for p in chosen]
+
+
+def _repeated(root: Path, found: _Found) -> str:
+    return (
+        f"{shown(root)}: links lead to {len(found.repeated)} folders that are read already (such as "
+        f"{shown(found.repeated[0])}); they are read once."
+    )
 
 
 @dataclass
