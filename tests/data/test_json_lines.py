@@ -1,4 +1,4 @@
-"""JSON lines are read alike from files, compressed files, standard input, prompts and tasks, whatever stands in them."""
+"""JSON lines are read alike from files, compressed files, standard input, prompts and tasks, whatever they hold."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _zstd(raw: bytes) -> bytes:
 
 
 def test_a_text_behind_any_depth_is_read_alone_and_among_others(tmp_path: Path) -> None:
-    """The standard library has a limit of depth, Arrow has none: what a line gives must not depend on its neighbours."""
+    """The standard library has a limit of depth, Arrow has none: neighbours must not matter."""
     deep = b'{"text": "deep", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(deep * 2)
     (tmp_path / "b.jsonl").write_bytes(deep + b"\n" + deep)

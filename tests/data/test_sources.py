@@ -146,9 +146,9 @@ def test_a_folder_names_what_it_leaves_out(tmp_path: Path) -> None:
     said = " ".join(source.notes)
     for part in ("1 text files beside", "2 .csv", "1 .pdf", "1 without an ending", "1 hidden"):
         assert part in said
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "d.pdf").write_bytes(b"%PDF-")
     with pytest.raises(LmError, match=r"no text here \(1 \.pdf; known are"):
-        (tmp_path / "e").mkdir()
-        (tmp_path / "e" / "d.pdf").write_bytes(b"%PDF-")
         resolve(None, [str(tmp_path / "e")])
 
 
