@@ -104,9 +104,13 @@ def texts(batch: pa.RecordBatch, column: str) -> Any:
     path = path_of(batch.schema, column)
     assert path is not None
     array = batch.column(batch.schema.get_field_index(path[0]))
+    there = None
     for name in path[1:]:
-        array = pc.struct_field(array, [array.type.get_field_index(name)])  # null where the struct is
-    return plain(array)
+        if array.null_count:
+            there = array.is_valid() if there is None else pc.and_(there, array.is_valid())
+        array = pc.struct_field(array, [array.type.get_field_index(name)])
+    array = plain(array)
+    return array if there is None else pc.if_else(there, array, pa.scalar(None, array.type))
 
 
 def plain(array: Any) -> Any:
