@@ -423,22 +423,25 @@ def _documents(file: ForeignFile, borders: npt.NDArray[np.int64]) -> ForeignFile
 
 def _open_datatrove(path: Path, size: int) -> ForeignFile:
     metadata, index = path.with_name(path.name + ".metadata"), path.with_name(path.name + ".index")
-    ends = np.fromfile(index, "<u8") if index.is_file() and index.stat().st_size else None
+    ends = np.fromfile(index, "<u8") if index.is_file() else None
+    if ends is not None and index.stat().st_size % 8:
+        raise Unreadable("V205", f"{index.name} is no whole number of document ends")
+    has_documents = ends is not None and len(ends) > 0
     if metadata.is_file():
         with open(metadata, "rb") as file:
             text = file.readline(4096).decode("utf-8", "replace").rpartition("|")[2].strip()
         if text not in ("1", "2", "4", "8"):
             raise Unreadable("V205", f"{metadata.name} does not say the size of an id ({text!r:.40})")
         width = int(text)
-    elif ends is not None and ends[-1] and size % int(ends[-1]) == 0 and size // int(ends[-1]) in (1, 2, 4, 8):
+    elif ends is not None and has_documents and ends[-1] and size % int(ends[-1]) == 0 and size // int(ends[-1]) in (1, 2, 4, 8):
         width = size // int(ends[-1])
     else:
         width = _plausible_width([ForeignFile(path, "ds", np.dtype("u1"), (_whole(path, size, 1),))])
-    count = _whole(path, size, width) if size or ends is None else 0
+    count = _whole(path, size, width) if size or ends is None else 0  # files of nothing agree
     file_ = ForeignFile(path, "ds", np.dtype(f"<u{width}"), (count,))
     if ends is None:
         return file_
-    if int(ends.max()) > count or int(ends[-1]) != count or np.any(ends[1:] < ends[:-1]):
+    if int(ends[-1] if has_documents else 0) != count or np.any(ends[1:] < ends[:-1]):
         raise Unreadable("V205", f"the document ends of {index.name} do not rise to the {count:,} ids of the file")
     return _documents(file_, np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)]))
 
