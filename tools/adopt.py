@@ -32,6 +32,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of parquet and Arrow files with lists of ids; input_ids, or the only one.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
+    ] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -48,7 +56,7 @@ def command(
     json: ui.Json = False,
     quiet: ui.Quiet = False,
 ) -> None:
-    """Adopt token data: folders of .npy or .pt arrays, nanoGPT and llm.c .bin, Megatron .bin/.idx, datatrove .ds.
+    """Adopt token data: .npy or .pt arrays, nanoGPT and llm.c .bin, Megatron .bin/.idx, datatrove .ds, columns of ids.
 
     Files that already are what a shard looks like are linked; others are converted once. With --tokenizer the documents
     are found by EOS, so that the set can be split by document. Files named train and val become two sets.
@@ -71,6 +79,7 @@ def command(
             out,
             tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             width=width,
+            column=column,
             seq_len=seq_len,
             copy=copy,
             progress=progress,

@@ -61,14 +61,16 @@ def adopt(
     *,
     tokenizer: Tokenizer | None = None,
     width: int | None = None,
+    column: str | None = None,
     seq_len: int | None = None,
     copy: bool = False,
     progress: Progress = SILENT,
 ) -> list[AdoptReport]:
     """Make a shard set `out` of foreign data; several sets `out/train`, `out/val` when the file names say so.
 
-    tokenizer: the one that made the ids, if it is known. width: 1, 2, 4 or 8 bytes per id of headerless files. seq_len:
-    row length of converted shards (default: the data's own, else 2,048). copy: convert even where a link would do.
+    tokenizer: the one that made the ids, if it is known. width: 1, 2, 4 or 8 bytes per id of headerless files. column:
+    the one with the ids in parquet and Arrow files (default: input_ids and other usual names, or the only one).
+    seq_len: row length of converted shards (default: the data's own, else 2,048). copy: convert where a link would do.
     Raises LmError (65) for data that is not sound, (73) when `out` holds something already.
     """
     path, out = Path(path), Path(out)
@@ -78,7 +80,7 @@ def adopt(
         raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {quoted(path)}")
     if width not in (None, 1, 2, 4, 8):
         raise LmError(f"width={width}: ids have 1, 2, 4 or 8 bytes.")
-    found = other.recognise(path, width)
+    found = other.recognise(path, width, column)
     other.require_readable(found)
     reports = [
         _adopt_group(found, files, out / name if name else out, tokenizer, seq_len, copy, progress)

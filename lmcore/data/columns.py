@@ -25,7 +25,7 @@ def check_schema(where: str, schema: pa.Schema, column: str) -> None:
         hint = f"Use: --text-column {texts[0]}" if texts else "None of them holds text."
         raise LmError(f"{where}: no column '{column}'; it has {', '.join(schema.names)}.", hint=hint)
     if not (is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)):
-        more = " (token ids? lm import makes a set of those)" if _holds_ids(kind) else ""
+        more = " (token ids? lm import makes a set of those)" if holds_ids(kind) else ""
         raise LmError(f"{where}: the column '{column}' holds {kind}, not text{more}.")
 
 
@@ -93,14 +93,27 @@ def is_bytes(kind: pa.DataType) -> bool:
     )
 
 
-def _holds_ids(kind: pa.DataType) -> bool:
+def holds_ids(kind: pa.DataType) -> bool:
+    """Whether a type is a list of whole numbers, in any of Arrow's layouts."""
     types = pa.types
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return bool(is_list and types.is_integer(kind.value_type))
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests) and bool(types.is_integer(_bare(kind.value_type)))
 
 
 def texts(batch: pa.RecordBatch, column: str) -> Any:
     """The text column of a batch as a string, large_string, binary or large_binary array; nulls stay nulls."""
+    array, there = _at(batch, column)
+    array = plain(array)
+    return array if there is None else pc.if_else(there, array, pa.scalar(None, array.type))
+
+
+def values(batch: pa.RecordBatch, column: str) -> Any:
+    """A column of a batch as it is."""
+    return _at(batch, column)[0]
+
+
+def _at(batch: pa.RecordBatch, column: str) -> tuple[Any, Any]:
+    """(the array that a dotted name leads to, where the structs around it are there or None for everywhere)."""
     path = path_of(batch.schema, column)
     assert path is not None
     array = batch.column(batch.schema.get_field_index(path[0]))
@@ -109,8 +122,7 @@ def texts(batch: pa.RecordBatch, column: str) -> Any:
         if array.null_count:
             there = array.is_valid() if there is None else pc.and_(there, array.is_valid())
         array = pc.struct_field(array, [array.type.get_field_index(name)])
-    array = plain(array)
-    return array if there is None else pc.if_else(there, array, pa.scalar(None, array.type))
+    return array, there
 
 
 def plain(array: Any) -> Any:

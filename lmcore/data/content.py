@@ -18,7 +18,7 @@ _ZSTD_WINDOW = 1 << 27
 
 TEXT, JSONL, PARQUET, ARROW = "text", "jsonl", "parquet", "arrow"
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _CARRIED = {b"PAR1": PARQUET, b"ARROW1\0\0": ARROW}
 _FOREIGN = {
     b"%PDF-": "a PDF document",

@@ -5,6 +5,7 @@
     llm.c    256 int32 of header (magic 20240520 for 16-bit ids, 20240801 for 32-bit), then ids
     megatron NAME.bin with NAME.idx: magic MMIDIDX, version 1, dtype code, sequence lengths, byte offsets, document ends
     ds       datatrove: NAME.ds of ids, NAME.ds.index of document ends (u64), NAME.ds.metadata with the size of an id
+    table    a column of lists of ids in parquet or Arrow files: a row is a document
     pt       tensors saved by torch, read by a child process under limits: nothing inside the file is run
 
 Whether headerless ids have 2, 4 or 8 bytes is read from the ids of all files together, and only where one reading is
@@ -26,9 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lmcore.data.content import ARROW, PARQUET, content_of
 from lmcore.data.findings import Finding
 from lmcore.data.sources import format_of_name
-from lmcore.data.tensor_file import Refused, TensorIds, find_ids
+from lmcore.data.tensor_file import Refused, TensorIds, find_ids, new_copy
 from lmcore.errors import Exit, LmError, from_os_error, quoted
 
 LLMC_HEADER = 256 * 4
@@ -56,8 +58,12 @@ _PICKLED = (
     b".",
 )
 _TENSORS = (".pt", ".pth")
-_SUFFIXES = (".npy", ".bin", ".ds", *_TENSORS)
+_TABLES = (".parquet", ".arrow")
+_SUFFIXES = (".npy", ".bin", ".ds", *_TABLES, *_TENSORS)
 _GROUP = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)")
+
+
+_MAY_BE_IDS = re.compile("UTF-|one JSON|a JSON|an HTML|an XML|a table")  # bytes of ids can be any text
 
 
 class Unreadable(Exception):
@@ -141,10 +147,11 @@ class Foreign:
         return found if len(found) > 1 and "" not in found else {"": self.files}
 
 
-def recognise(path: Path, width: int | None = None) -> Foreign:
+def recognise(path: Path, width: int | None = None, column: str | None = None) -> Foreign:
     """Look at a file or folder of token data.
 
-    width: bytes per id of headerless files; None looks at the content. Faults are collected, not raised.
+    width: bytes per id of headerless files; None looks at the content. column: of tables, the one with the ids; None
+    takes the usual name, or the only one. Faults are collected, not raised.
     """
     result = Foreign(path, [], [])
     names = _token_files(path, result.remarks) if path.is_dir() else [path]
@@ -152,7 +159,7 @@ def recognise(path: Path, width: int | None = None) -> Foreign:
     found: list[ForeignFile] = []
     for name in names:
         try:
-            found.append(_open_tensor(name, tensors[name]) if name in tensors else _open(name))
+            found.append(_open_tensor(name, tensors[name]) if name in tensors else _open(name, column))
         except Unreadable as error:
             result.faults.append(_fault(path, name, error))
         except OSError as error:
@@ -163,6 +170,7 @@ def recognise(path: Path, width: int | None = None) -> Foreign:
             _set_width(raw, width, result.remarks)
         except Unreadable as error:
             result.faults.append(_fault(path, raw[0].path, error))
+            found = [file for file in found if file.kind != "raw"]
         except OSError as error:
             raise from_os_error(error, raw[0].path, "read") from error
     result.files = [file for file in found if file.n_tokens]
@@ -214,12 +222,15 @@ def _natural(path: Path) -> list[tuple[int, Any]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def _open(path: Path) -> ForeignFile:
+def _open(path: Path, column: str | None) -> ForeignFile:
     if not path.is_file():
         raise Unreadable("V205", "not a regular file")
     with open(path, "rb") as file:
         head = file.read(LLMC_HEADER)
     size = path.stat().st_size
+    content = content_of(head, whole=False)
+    if content.kind in (PARQUET, ARROW) and not content.compression:
+        return _open_table(path, content.kind, column)
     if format_of_name(path.name) is not None:
         raise Unreadable("V200", f"text, not token ids; make tokens of it: lm tokenize {quoted(path)}")
     if path.suffix in (".pkl", ".pickle") or _is_pickle(head):
@@ -232,8 +243,9 @@ def _open(path: Path) -> ForeignFile:
         return _open_megatron(path, size)
     if path.suffix == ".ds":
         return _open_datatrove(path, size)
-    if head.startswith(b"PK\x03\x04"):
-        raise Unreadable("V204", "a zip archive (the weights of a model?), not token ids")
+    if content.compression or (content.kind and not content.is_carried and not _MAY_BE_IDS.match(content.kind)):
+        what = f"{content.compression} data" if content.compression else content.kind
+        raise Unreadable("V204", f"{what}, not token ids")
     notes = []
     if path.suffix == ".npy":
         notes.append(Finding("V202", str(path), "no NPY header; read as plain little-endian ids"))
@@ -433,7 +445,13 @@ def _open_datatrove(path: Path, size: int) -> ForeignFile:
         if text not in ("1", "2", "4", "8"):
             raise Unreadable("V205", f"{metadata.name} does not say the size of an id ({text!r:.40})")
         width = int(text)
-    elif ends is not None and has_documents and ends[-1] and size % int(ends[-1]) == 0 and size // int(ends[-1]) in (1, 2, 4, 8):
+    elif (
+        ends is not None
+        and has_documents
+        and ends[-1]
+        and size % int(ends[-1]) == 0
+        and size // int(ends[-1]) in (1, 2, 4, 8)
+    ):
         width = size // int(ends[-1])
     else:
         width = _plausible_width([ForeignFile(path, "ds", np.dtype("u1"), (_whole(path, size, 1),))])
@@ -444,6 +462,55 @@ def _open_datatrove(path: Path, size: int) -> ForeignFile:
     if int(ends[-1] if has_documents else 0) != count or np.any(ends[1:] < ends[:-1]):
         raise Unreadable("V205", f"the document ends of {index.name} do not rise to the {count:,} ids of the file")
     return _documents(file_, np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)]))
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+_USUAL_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
+
+
+def _open_table(path: Path, kind: str, column: str | None) -> ForeignFile:
+    """A column of lists of ids, written out flat beside the temporary copies of tensors; a null row holds no token."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from lmcore.data import columns, readers
+    from lmcore.data.sources import Reading, local_unit
+
+    unit = local_unit(path, Reading("parquet" if kind == PARQUET else "arrow"))
+    try:
+        schema = readers.schema_of(unit)
+        lists = [name for name, found in columns.walk(schema) if columns.holds_ids(found)]
+        usual = [name for name in _USUAL_COLUMNS if name in lists] or lists[: len(lists) == 1]
+        name = column or (usual[0] if usual else None)
+        if name is None:
+            said = f"several columns of ids ({', '.join(lists)}); name one: --column {lists[0]}" if lists else ""
+            text = f"text, not token ids; make tokens of it: lm tokenize {quoted(path)}"
+            raise Unreadable("V204" if lists else "V200", said or text)
+        if name not in lists:
+            found = columns.find(schema, name)
+            raise Unreadable(
+                "V204", f"the column '{name}' holds {found}, not lists of ids" if found else f"no '{name}'"
+            )
+        copy = new_copy()
+        lengths: list[npt.NDArray[np.int64]] = []
+        with open(copy, "wb") as file:
+            for batch in readers.batches_of(unit, name):
+                array = columns.values(batch, name)
+                counts = pc.fill_null(pc.list_value_length(array), 0)
+                ids = array.flatten()
+                if pa.types.is_dictionary(ids.type):
+                    ids = ids.dictionary_decode()
+                if ids.null_count:
+                    raise Unreadable("V204", f"the column '{name}' holds lists with nulls in them")
+                if len(ids) and (pc.min(ids).as_py() < 0 or pc.max(ids).as_py() >= 1 << 32):
+                    raise Unreadable("V204", f"the column '{name}' holds numbers that are no token ids")
+                file.write(np.asarray(ids).astype("<u4").tobytes())
+                lengths.append(np.asarray(counts).astype(np.int64))
+    except LmError as error:
+        raise Unreadable("V205", error.message.removeprefix(f"{unit.path}: ").rstrip(".")) from None
+    borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
+    return _documents(ForeignFile(path, kind, np.dtype("<u4"), (int(borders[-1]),), data=copy), borders)
 
 
 def _open_tensor(path: Path, found: TensorIds | Refused) -> ForeignFile:
@@ -470,6 +537,6 @@ def require_readable(foreign: Foreign) -> None:
     if not foreign.files:
         raise LmError(
             f"{foreign.path}: no token data that is known.",
-            hint="Known are .npy, .pt, .bin (nanoGPT, llm.c, Megatron with .idx) and .ds files.",
+            hint="Known are .npy, .pt, .bin (nanoGPT, llm.c, Megatron with .idx), .ds, .parquet and .arrow files.",
             code=Exit.DATA,
         )

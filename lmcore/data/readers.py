@@ -17,6 +17,7 @@ line to complain about: both give the same documents. Decompressed sizes are bou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -660,11 +661,14 @@ def parquet_metadata(unit: Unit) -> Any:
 
 
 def _check_parquet(unit: Unit, metadata: Any, column: str) -> None:
+    columns.check_schema(shown(unit.path), _parquet_schema(unit, metadata), column)
+
+
+def _parquet_schema(unit: Unit, metadata: Any) -> Any:
     try:
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, ValueError) as error:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise broken_parquet(unit, error) from error
-    columns.check_schema(shown(unit.path), schema, column)
 
 
 def _open_parquet(unit: Unit) -> Any:
@@ -710,22 +714,34 @@ def _read_row_group(
 # ---------------------------------------------------------------------------------------- arrow
 
 
-def _arrow_batches(unit: Unit, column: str) -> Iterator[Any]:
-    """The record batches of an Arrow file or stream, checked for the column; only it is read where the file allows."""
+def schema_of(unit: Unit) -> Any:
+    """The Arrow schema of a parquet or Arrow file."""
+    if unit.format == "parquet":
+        return _parquet_schema(unit, parquet_metadata(unit))
+    with _reading_arrow(unit), _open_parquet(unit) as file:
+        is_file = file.read(8) == b"ARROW1\0\0"
+        file.seek(0)
+        return (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).schema
+
+
+def batches_of(unit: Unit, column: str) -> Iterator[Any]:
+    """Record batches with a column, whatever its type, of a parquet or Arrow file on this machine."""
+    if unit.format == "arrow":
+        yield from _arrow_batches(unit, column, check=False)
+        return
+    metadata = parquet_metadata(unit)
     try:
         with _open_parquet(unit) as file:
-            is_file = file.read(8) == b"ARROW1\0\0"
-            file.seek(0)
-            reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-            columns.check_schema(shown(unit.path), reader.schema, column)
-            path = columns.path_of(reader.schema, column)
-            assert path is not None
-            wanted = pa.ipc.IpcReadOptions(included_fields=[reader.schema.get_field_index(path[0])], use_threads=False)
-            file.seek(0)
-            reader = pa.ipc.open_file(file, options=wanted) if is_file else pa.ipc.open_stream(file, options=wanted)
-            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-                _refuse_damaged(batch)
-                yield batch
+            yield from pq.ParquetFile(file, metadata=metadata).iter_batches(columns=[column], use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise broken_parquet(unit, error) from error
+
+
+@contextlib.contextmanager
+def _reading_arrow(unit: Unit) -> Iterator[None]:
+    """What Arrow raises about a file becomes one sentence; what a network breaks is tried again."""
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         if unit.is_remote and isinstance(error, OSError):
             raise  # tried again
@@ -733,6 +749,25 @@ def _arrow_batches(unit: Unit, column: str) -> Iterator[Any]:
             raise _read_error(unit, error) from error
         said = " ".join(str(error).split())[:200]
         raise LmError(f"{shown(unit.path)}: not a readable Arrow file ({said}).", code=Exit.DATA) from error
+
+
+def _arrow_batches(unit: Unit, column: str, *, check: bool = True) -> Iterator[Any]:
+    """The record batches of an Arrow file or stream, checked for the column of text; only it is read where the file
+    allows."""
+    with _reading_arrow(unit), _open_parquet(unit) as file:
+        is_file = file.read(8) == b"ARROW1\0\0"
+        file.seek(0)
+        schema = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).schema
+        if check:
+            columns.check_schema(shown(unit.path), schema, column)
+        path = columns.path_of(schema, column)
+        assert path is not None
+        wanted = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(path[0])], use_threads=False)
+        file.seek(0)
+        reader = pa.ipc.open_file(file, options=wanted) if is_file else pa.ipc.open_stream(file, options=wanted)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            _refuse_damaged(batch)
+            yield batch
 
 
 def _refuse_damaged(batch: Any) -> None:

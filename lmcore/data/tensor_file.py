@@ -89,6 +89,13 @@ def _copies() -> str:
     return _FOLDER[0].name
 
 
+def new_copy() -> Path:
+    """A file for ids that cannot be mapped where they are."""
+    descriptor, name = tempfile.mkstemp(dir=_copies())
+    os.close(descriptor)
+    return Path(name)
+
+
 # ---------------------------------------------------------------------------------------- the child
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcore.data.adopt import adopt
+from lmcore.data.foreign import recognise
 from lmcore.data.readers import Place, check_columns, read, read_document
 from lmcore.data.sources import Reading, resolve
+from lmcore.data.stream import TokenStream
+from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import LmError
 
 PLAIN = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
@@ -176,3 +181,103 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     with pytest.raises(LmError, match=r"a\.arrow: row 1: not UTF-8 text"):
         list(read(resolve(None, [str(path)]).units, "text"))
     assert rows(path, "text") == [(0, "ok")]
+
+
+# ---------------------------------------------------------------------------------------- columns of ids
+
+INTEGERS = [getattr(pa, name)() for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")]
+LISTS = ["list", "large_list", "list_view", "large_list_view", "fixed", "dictionary"]
+
+
+def ids_column(rows_: list[list[int] | None], kind: pa.DataType, layout: str) -> pa.Array:
+    if layout == "fixed":
+        return pa.array([r if r is None else [*r, 1, 1, 1][:3] for r in rows_], pa.list_(kind, 3))
+    if layout == "dictionary":
+        flat = pa.array([i for r in rows_ for i in r or ()], kind).dictionary_encode()
+        offsets = [0]
+        for r in rows_:
+            offsets.append(offsets[-1] + len(r or ()))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
+    return pa.array(rows_, {"list": pa.list_, "large_list": pa.large_list, "list_view": pa.list_view}.get(
+        layout, pa.large_list_view
+    )(kind))  # fmt: skip
+
+
+@settings(max_examples=80, derandomize=True, deadline=None)
+@given(
+    rows_=st.lists(st.none() | st.lists(st.integers(0, 127), max_size=5), min_size=1, max_size=8),
+    kind=st.sampled_from(INTEGERS),
+    layout=st.sampled_from(LISTS),
+    container=st.sampled_from(["parquet", "arrow", "stream"]),
+    batch=st.integers(1, 9),
+    sliced=st.booleans(),
+)
+def test_ids_of_every_type_are_what_arrow_says(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows_: list[list[int] | None],
+    kind: pa.DataType,
+    layout: str,
+    container: str,
+    batch: int,
+    sliced: bool,
+) -> None:
+    array = ids_column(rows_, kind, layout)
+    table = pa.table({"attention_mask": array, "input_ids": array}).slice(int(sliced))
+    path = tmp_path_factory.mktemp("ids") / f"a.{container}"
+    try:
+        write(path, table, batch)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        return  # there is no such file
+    expected = [row for row in table.column("input_ids").to_pylist() if row]
+    found = recognise(path)
+    if not expected:
+        assert [fault.code for fault in found.faults] == ["V205"]
+        return
+    (file,) = found.files
+    assert file.array().tolist() == [number for row in expected for number in row]
+    assert file.lengths is not None
+    assert file.lengths.tolist() == [len(row) for row in expected]
+    assert file.empty == len(table) - len(expected)
+
+
+BAD_IDS = {
+    "nulls in them": pa.array([[1, None]]),
+    "no token ids": pa.array([[1, -100]]),
+    "not lists of ids": pa.array([1.5]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_IDS)
+def test_what_are_no_ids_is_said(tmp_path: Path, message: str) -> None:
+    write(tmp_path / "a.parquet", pa.table({"input_ids": BAD_IDS[message]}), 9)
+    with pytest.raises(LmError, match=message):
+        adopt(tmp_path / "a.parquet", tmp_path / "set", column="input_ids")
+
+
+def test_a_table_of_ids_becomes_a_set(tmp_path: Path) -> None:
+    documents = [[*f"document {k}".encode()] for k in range(20)]
+    write(tmp_path / "a.parquet", pa.table({"first": documents, "second": documents}), 7)
+    with pytest.raises(LmError, match=r"several columns of ids \(first, second\)"):
+        adopt(tmp_path / "a.parquet", tmp_path / "set")
+    (report,) = adopt(tmp_path / "a.parquet", tmp_path / "set", column="second", tokenizer=Tokenizer.byte())
+    assert report.n_docs == 20
+    stream = TokenStream.open(tmp_path / "set")
+    assert stream.read(0, len(stream)).tolist() == [i for d in documents for i in [*d, 256]]
+    write(tmp_path / "b.arrow", pa.table({"text": ["eins"]}), 7)
+    with pytest.raises(LmError, match=r"text, not token ids; make tokens of it: lm tokenize .*b\.arrow"):
+        adopt(tmp_path / "b.arrow", tmp_path / "set2")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("a.bin", b"PK\x03\x04" + bytes(200)),
+        ("a.bin", gzip.compress(bytes(range(256)) * 8)),
+        ("a.data", b"%PDF-1.7" + bytes(200)),
+        ("a.npy", b"SQLite format 3\0" + bytes(200)),
+    ],
+)
+def test_other_files_are_not_read_as_headerless_ids(tmp_path: Path, name: str, raw: bytes) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(LmError, match="not token ids"):
+        adopt(tmp_path / name, tmp_path / "set", width=2)
