@@ -7,7 +7,7 @@ whole column or of a struct around it, is a record without text. Everything else
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,17 @@ def check_schema(where: str, schema: pa.Schema, column: str) -> None:
     if kind is None:
         texts = [name for name, found in walk(schema) if is_text(found)]
         hint = f"Use: --text-column {texts[0]}" if texts else "None of them holds text."
-        raise LmError(f"{where}: no column '{column}'; it has {', '.join(schema.names)}.", hint=hint)
+        raise LmError(f"{where}: no column '{column}'; it has {listed(schema.names)}.", hint=hint)
     if not (is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)):
         more = " (token ids? lm import makes a set of those)" if holds_ids(kind) else ""
         raise LmError(f"{where}: the column '{column}' holds {kind}, not text{more}.")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a sentence: the first ones, none of them endless."""
+    names = list(names)
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    return (", ".join(name if len(name) <= 60 else name[:57] + "..." for name in names[:12]) or "nothing") + more
 
 
 def find(schema: pa.Schema, column: str) -> pa.DataType | None:

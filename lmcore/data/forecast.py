@@ -21,6 +21,7 @@ from lmcore.data.sources import resolve
 from lmcore.data.tokenization import divided_plan
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
+from lmcore.progress import Notes
 
 _SAMPLE_BYTES = 4_000_000
 _TYPICAL_COMPRESSION = 3.0  # where a sample cannot tell how much of a compressed file it is
@@ -54,7 +55,7 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
     source = resolve(config.dataset, config.paths, reading=config.reading)
-    told = _Notes(list(source.notes))
+    told = Notes(source.notes)
     plan = divided_plan(config, source, told)
     units = plan.own_units
     check_columns(units, config.text_column)
@@ -117,25 +118,6 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
         backend=stage.record.name,
         notes=tuple(told.said),
     )
-
-
-@dataclass
-class _Notes:
-    """A progress that keeps what is said."""
-
-    said: list[str]
-
-    def start(self, task: str, total: float | None, unit: str) -> None: ...
-
-    def advance(self, amount: float) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.said.append(message)
 
 
 def _text_bytes(plan: Plan, sampled: int) -> float:

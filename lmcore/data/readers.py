@@ -595,8 +595,8 @@ def _text_in_line(line: bytes, column: str, on_bad: OnBad, builder: DocumentsBui
     if column in value:
         return Drop.NO_TEXT, f"'{column}' is {json.dumps(text)[:40]}, not text", b""
     texts = [key for key, item in value.items() if isinstance(item, str)]
-    more = f" (--text-column {texts[0]}?)" if texts else ""
-    return Drop.NO_TEXT, f"no '{column}' here; it has {', '.join(map(str, value)) or 'nothing'}{more}", b""
+    more = f" (--text-column {columns.listed(texts[:1])}?)" if texts else ""
+    return Drop.NO_TEXT, f"no '{column}' here; it has {columns.listed(value)}{more}", b""
 
 
 def _nested(value: Any, path: list[str]) -> Any:

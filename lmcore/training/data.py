@@ -24,6 +24,7 @@ from lmcore.data.stream import TokenStream
 from lmcore.data.streaming import TextStream
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError, quoted
+from lmcore.progress import Notes
 from lmcore.training.config import DataConfig, RunConfig, Source
 
 TRAIN_VIEW, VAL_VIEW = "train", "val"
@@ -118,6 +119,8 @@ class RunData:
     n_tokens: int
     """Training tokens of all sources; 0 when they are not counted (text)."""
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """What is to be said of a text source: how it is read, what is left out."""
 
 
 def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
@@ -131,10 +134,12 @@ def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
         tokenizer = Tokenizer.from_file(place) if place is not None else Tokenizer.load(str(data.tokenizer))
         lengths = np.array([len(token) for token in tokenizer.token_bytes()], dtype=np.int64)
     if data.stream is not None:
+        notes = Notes()
+        where = run_dir / SOURCE
         text = TextStream.open(
-            _text_config(data), run_dir / SOURCE, context_length=model.context_length, seed=train.seed
+            _text_config(data), where, context_length=model.context_length, seed=train.seed, progress=notes
         )
-        return RunData(text, val, lengths, 0, data_identity(config, sets, text.dataset_id))
+        return RunData(text, val, lengths, 0, data_identity(config, sets, text.dataset_id), tuple(notes.said))
     streams = [(TokenStream.open(source.path, verify=data.verify), source) for source in data.train]
     for stream, _ in streams:
         stream.require_vocabulary(model.vocab_size)
