@@ -304,7 +304,8 @@ def _show(report: TokenizeReport) -> None:
         rows.append(("time", f"{report.seconds:.1f} s ({speed:.1f} MB/s)"))
     rows.append(("dataset_id", report.dataset_id))
     ui.table(("shard set", str(report.path)), rows)
-    ui.say(f"Next: lm validate {quoted(report.path)}, then lm split {quoted(report.path)}")
+    then = f", then lm split {quoted(report.path)}" if report.n_docs > 1 else ""
+    ui.say(f"Next: lm validate {quoted(report.path)}{then}")
 
 
 def _show_forecast(forecast: Forecast) -> None:

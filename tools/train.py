@@ -503,7 +503,7 @@ def _tell(result: RunResult) -> None:
             )
         ui.emit("next:")
         run = quoted(result.run_dir)
-        ui.emit(f"  lm eval {run}")
+        ui.emit(f"  lm eval {run}" + ("" if found else " --data PATH"))
         if (Path(result.run_dir) / TOKENIZER).is_file():
             ui.emit(f'  lm generate --checkpoint {run} --prompt "def main"')
         else:
