@@ -492,9 +492,8 @@ def _open_table(path: Path, kind: str, column: str | None) -> ForeignFile:
             raise Unreadable(
                 "V204", f"the column '{name}' holds {found}, not lists of ids" if found else f"no '{name}'"
             )
-        copy = new_copy()
         lengths: list[npt.NDArray[np.int64]] = []
-        with open(copy, "wb") as file:
+        with new_copy() as file:
             for batch in readers.batches_of(unit, name):
                 array = columns.values(batch, name)
                 counts = pc.fill_null(pc.list_value_length(array), 0)
@@ -510,7 +509,7 @@ def _open_table(path: Path, kind: str, column: str | None) -> ForeignFile:
     except LmError as error:
         raise Unreadable("V205", error.message.removeprefix(f"{unit.path}: ").rstrip(".")) from None
     borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
-    return _documents(ForeignFile(path, kind, np.dtype("<u4"), (int(borders[-1]),), data=copy), borders)
+    return _documents(ForeignFile(path, kind, np.dtype("<u4"), (int(borders[-1]),), data=Path(file.name)), borders)
 
 
 def _open_tensor(path: Path, found: TensorIds | Refused) -> ForeignFile:

@@ -364,8 +364,8 @@ def _require_useful(path: Path, rule: _Rule, plan: _Plan, min_tokens: int, mater
             raise LmError(
                 f"{path}: the view {name} would hold {tokens:,} tokens ({n_docs:,} documents);"
                 f" {max(min_tokens, 1):,} are the least that is of use.",
-                hint="Hold out more (--val-fraction 0.1 or --val-docs 20), add data, or use --by rows. A text file is one "
-                "document unless lm tokenize was told where it falls into several: --separator auto",
+                hint="Hold out more (--val-fraction 0.1 or --val-docs 20), add data, or use --by rows. A text file is "
+                "one document unless lm tokenize was told where it falls into several: --separator auto",
                 code=Exit.DATA,
             )
 

@@ -317,7 +317,7 @@ def _marks_told(config: TokenizeConfig, texts: Sequence[Unit], eos: str) -> Iter
             count = f"{seen.lines:,} lines that are" if seen.lines else f"{seen.anywhere:,} times"
             yield (
                 f"{where}: holds {count} {name}, as between documents; it is read as one document. To divide it there: "
-                f"--separator {value} (of lm train --stream: --set data.separator={value})"
+                f"--separator {value} (when training on text: --set data.separator={value})"
             )
             return
     if wanted is not None and looked:
