@@ -268,7 +268,9 @@ def _default_out(config: TokenizeConfig) -> Path:
         name = "stdin"
     else:
         name = re.split(r"[*?\[]", config.paths[0])[0].rstrip("/").rsplit("/", 1)[-1]
-        name = re.sub(r"(\.(jsonl|ndjson|json|parquet|arrow|txt|text|md|rst|py|gz|zst))+$", "", name)
+        name = re.sub(
+            r"(\.(jsonl|ndjson|json|parquet|arrow|txt|text|md|rst|py|gz|zst))+$", "", name, flags=re.IGNORECASE
+        )
         name = name or Path(config.paths[0]).expanduser().absolute().parent.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "corpus"
     suffix = f"-part-{config.part:03d}-of-{config.parts:03d}" if config.parts else ""

@@ -18,7 +18,7 @@ from lmcore.data.encoder import Backend, open_encoder
 from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes
 from lmcore.data.readers import check_columns, parquet_metadata, read
 from lmcore.data.sources import resolve
-from lmcore.data.tokenization import divided_plan
+from lmcore.data.tokenization import divided_plan, known_tokenizer
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 from lmcore.progress import Notes
@@ -56,9 +56,10 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
     source = resolve(config.dataset, config.paths, reading=config.reading)
     told = Notes(source.notes)
-    plan = divided_plan(config, source, told)
+    check_columns(source.units, config.text_column)
+    known = known_tokenizer(config)
+    plan = divided_plan(config, source, known, told)
     units = plan.own_units
-    check_columns(units, config.text_column)
     sample = []
     size = records = 0
     began = time.monotonic()
@@ -83,9 +84,8 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     if not sample:
         raise LmError("No text to tokenize: every record is dropped or empty.", code=Exit.DATA)
     reading = time.monotonic() - began
-    kind, _, number = config.tokenizer.partition(":")
     texts = (b.text(k)[:100_000].decode("utf-8", "ignore") for b in sample for k in range(len(b)))
-    tokenizer = Tokenizer.train(texts, int(number)) if kind == "train" else Tokenizer.load(config.tokenizer)
+    tokenizer = known or Tokenizer.train(texts, int(config.tokenizer.partition(":")[2]))
     stage = open_encoder(tokenizer, backend, sample[0])
     began = time.monotonic()
     tokens = sum(len(stage(batch).ids) for batch in sample)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lmcore.data.documents import check_size
+from lmcore.data.json_lines import BOM
 
 AUTO = "auto"
 USUAL = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "\f")
@@ -104,7 +105,7 @@ def split(chunks: Iterable[bytes], kept: Sequence[str], name: str) -> Iterator[b
     wanted = [Mark.of(mark) for mark in kept]
     reach = max(len(mark.text) for mark in wanted) + _LINE_END
     held, begin, searched = bytearray(), 0, 0
-    for chunk in chunks:
+    for chunk in _without_mark(chunks):
         held += chunk
         stop = len(held) - reach  # what begins before it is seen whole, with the end of its line
         if stop <= searched:
@@ -118,6 +119,21 @@ def split(chunks: Iterable[bytes], kept: Sequence[str], name: str) -> Iterator[b
     documents, begin, _ = _cut(held, wanted, begin, searched, len(held))
     yield from documents
     yield bytes(held[begin:])
+
+
+def _without_mark(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks without the byte-order mark that may begin them."""
+    head: bytes | None = b""
+    for chunk in chunks:
+        if head is None:
+            yield chunk
+            continue
+        head += chunk
+        if len(head) >= len(BOM):
+            yield head.removeprefix(BOM)
+            head = None
+    if head:
+        yield head.removeprefix(BOM)
 
 
 def _cut(held: bytearray, wanted: Sequence[Mark], begin: int, searched: int, stop: int) -> tuple[list[bytes], int, int]:

@@ -235,8 +235,9 @@ def _new_plan(
         check_columns(source.units, config.text_column)
     for note in source.notes:
         progress.note(note)
-    plan = divided_plan(config, source, progress)
-    tokenizer = _make_tokenizer(config, plan, workers, progress)
+    known = known_tokenizer(config)
+    plan = divided_plan(config, source, known, progress)
+    tokenizer = known or _train_tokenizer(config, plan, workers, progress)
     tokenizer.save(out / TOKENIZER)
     plan = dataclasses.replace(plan, tokenizer_name=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
     write_plan(out, plan)
@@ -284,16 +285,18 @@ def _refuse_changed_source(out: Path, plan: Plan, config: TokenizeConfig) -> Non
         refuse_changed_units(out, plan.units, found.units)
 
 
-def divided_plan(config: TokenizeConfig, source: Source, progress: Progress) -> Plan:
+def known_tokenizer(config: TokenizeConfig) -> Tokenizer | None:
+    """The tokenizer of a request, None for one that is to be trained."""
+    return None if config.tokenizer.partition(":")[0] == "train" else Tokenizer.load(config.tokenizer)
+
+
+def divided_plan(config: TokenizeConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress) -> Plan:
     """The plan of a source, its text files divided where `--separator` says. Without it, marks between documents that
-    are seen are told."""
+    are seen are told. tokenizer: whose EOS is one of the marks; None for one that is still to be trained."""
     texts = [unit for unit in source.units if unit.format == "text"]
     if not texts:
         return make_plan(config, source)
-    kind = config.tokenizer.partition(":")[0]
-    eos = EOS
-    if kind != "train" and (config.separator == separators.AUTO or config.separator is None):
-        eos = Tokenizer.load(config.tokenizer).eos
+    eos = tokenizer.eos if tokenizer is not None else EOS
     for note in _marks_told(config, texts, eos):
         progress.warn(note)
     return make_plan(config, source, separators.marks(config.separator, eos))
@@ -349,10 +352,8 @@ def _spool_stdin(out: Path, reading: Reading, stdin: Callable[[int], bytes] | No
     return path
 
 
-def _make_tokenizer(config: TokenizeConfig, plan: Plan, workers: int, progress: Progress) -> Tokenizer:
-    kind, _, size = config.tokenizer.partition(":")
-    if kind != "train":
-        return Tokenizer.load(config.tokenizer)
+def _train_tokenizer(config: TokenizeConfig, plan: Plan, workers: int, progress: Progress) -> Tokenizer:
+    size = config.tokenizer.partition(":")[2]
     if not size.isdigit():
         raise LmError(f"--tokenizer {config.tokenizer}: expected train:N, such as train:8192.")
     progress.start("training the tokenizer", None, "bytes")
