@@ -129,7 +129,7 @@ class Locator:
         directory = shards.open_directory(self.path)
         try:
             found = {
-                number: shards.read_documents(directory, entry, parent=self.manifest.kind == "view")
+                number: shards.sound_documents(directory, entry, parent=self.manifest.kind == "view")
                 for number, entry in enumerate(self.manifest.shards)
             }
         finally:

@@ -219,7 +219,7 @@ def indexes(path: Path, manifest: Manifest, progress: Progress) -> Iterator[tupl
     try:
         for number, entry in enumerate(manifest.shards):
             try:
-                yield number, entry, shards.read_documents(directory, entry, parent=manifest.kind == "view")
+                yield number, entry, shards.sound_documents(directory, entry, parent=manifest.kind == "view")
             except LmError as error:
                 raise LmError(f"{path}/{error.message}", hint=error.hint, code=error.code) from None
             progress.advance(1)

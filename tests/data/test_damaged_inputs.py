@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,10 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from damage import damaged
+from tiny_sets import TinySet, write_manifest
 
 from lmcore.data.foreign import id_range, recognise
+from lmcore.data.provenance import Locator
 from lmcore.data.readers import check_columns, read
 from lmcore.data.sources import Reading, resolve
+from lmcore.data.split import split_set
+from lmcore.data.stream import TokenStream
 from lmcore.errors import LmError
 
 SEEDS = int(os.environ.get("LMSHARDS_FUZZ", "1")) * 300
@@ -139,6 +145,34 @@ def test_damaged_ids_are_read_or_refused(tmp_path: Path, name: str) -> None:
         (tmp_path / other).write_bytes(raw)
     failures = feed(tmp_path / name, sound, lambda: read_ids(tmp_path), SEEDS)
     assert not failures, "\n".join(failures)
+
+
+def test_a_damaged_index_whose_hash_fits_is_refused_or_means_what_it_says(make_set: Callable[..., TinySet]) -> None:
+    """Whoever rewrites an index can rewrite its hash: what is built on it must not rest on the hash alone."""
+    tiny = make_set()
+    sound = {path: path.read_bytes() for path in sorted(tiny.path.glob("*.docs.npy"))}
+    failures = []
+    for seed in range(SEEDS // 3):
+        manifest = tiny.manifest
+        for number, (path, raw) in enumerate(sound.items()):
+            header, records = raw[:128], damaged(raw[128:], 1000 * number + seed)
+            records = records[: len(raw) - 128].ljust(len(raw) - 128, b"\0")
+            path.write_bytes(header + records)
+            manifest["shards"][number]["docs_sha256"] = hashlib.sha256(header + records).hexdigest()
+        write_manifest(tiny.path, manifest)
+        try:
+            locator = Locator(TokenStream.open(tiny.path))
+            origin = locator.at(len(tiny.stream) // 2)
+            assert origin.start <= len(tiny.stream) // 2 < origin.stop
+            locator.by_source("nothing", 3)
+            split_set(tiny.path, {"val": 0.2})
+        except LmError as error:
+            _require_a_sentence(error)
+        except BaseException as error:
+            failures.append(f"seed {seed}: {type(error).__name__}: {error!s:.200}")
+        for view in ("train", "val"):
+            shutil.rmtree(tiny.path / view, ignore_errors=True)
+    assert not failures, "\n".join(failures[:5])
 
 
 def test_damage_takes_little_memory(tmp_path: Path) -> None:
