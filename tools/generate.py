@@ -80,6 +80,14 @@ def command(
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1 discourages tokens already used.", rich_help_panel=SAMPLING)
     ] = 1.0,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control-tokens",
+            help="The text of a control token in a prompt, such as <|im_start|>, is that token; otherwise it is text.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = False,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Text that ends a sample; may be given several times.", rich_help_panel=SAMPLING),
@@ -181,7 +189,7 @@ def command(
             f"{loaded.path}: this model has no multi-token heads to speculate with.",
             hint="Train one with: --set model.mtp.depths=1",
         )
-    options: dict[str, Any] = {"overflow": overflow.value, "speculate": speculate}
+    options: dict[str, Any] = {"overflow": overflow.value, "speculate": speculate, "control": control}
     if ask:
         _interact(loaded, config, options, echo)
     elif json:
@@ -365,7 +373,7 @@ def _as_record(text: Completion, prompts: Sequence[str], loaded: LoadedModel) ->
         document["logprobs"] = [
             {
                 "token": entry.token,
-                "text": table[entry.token].decode("utf-8", errors="replace"),
+                "text": table[entry.token].decode("utf-8", errors="replace") if entry.token < len(table) else "",
                 "logprob": entry.logprob,
                 "top": [{"token": token, "logprob": value} for token, value in entry.top],
             }

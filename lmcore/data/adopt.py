@@ -291,7 +291,7 @@ def _documents(
         and tokenizer is not None
         and not any(np.any(b == tokenizer.eos_id) for f in files for b in f.blocks())
     )
-    exact = tokenizer is not None and tokenizer.is_byte_level
+    exact = tokenizer is not None and tokenizer.lossless
     table = np.array([*tokenizer.token_bytes()], object) if tokenizer is not None and exact else None
     eos_id = tokenizer.eos_id if tokenizer is not None else -1
     parts: list[npt.NDArray[np.void]] = []

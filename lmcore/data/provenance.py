@@ -38,13 +38,17 @@ class StreamDocuments:
     units: npt.NDArray[np.uint32]
     rows: npt.NDArray[np.uint32]
     hashes: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.int64]
+    """UTF-8 bytes of the whole document's text, also where only a part of it lies in the stream."""
     whole: npt.NDArray[np.bool_]
     """False for a part of a document (cut by a split by rows, or by the end of a partial view)."""
 
     @classmethod
     def build(cls, path: Path, manifest: Manifest, documents: dict[int, npt.NDArray[np.void]]) -> StreamDocuments:
         """documents: the verified index of every shard."""
-        columns: dict[str, list[npt.NDArray[Any]]] = {k: [] for k in ("low", "length", "begin", "unit", "row", "hash")}
+        columns: dict[str, list[npt.NDArray[Any]]] = {
+            k: [] for k in ("low", "length", "begin", "unit", "row", "hash", "size")
+        }
         position = 0
         by_shard: dict[int, list[tuple[int, int, int]]] = {}
         for shard, start, stop in manifest.segments:
@@ -65,6 +69,7 @@ class StreamDocuments:
             columns["unit"].append(index["unit"][piece])
             columns["row"].append(index["row"][piece])
             columns["hash"].append(index["hash"][piece])
+            columns["size"].append(index["bytes"][piece])
         joined = {name: np.concatenate(parts) for name, parts in columns.items()}
         if np.any(joined["low"][1:] < joined["low"][:-1]):  # never so in a set: its shards are in stream order
             order = np.argsort(joined["low"], kind="stable")
@@ -85,6 +90,7 @@ class StreamDocuments:
             joined["unit"][heads],
             joined["row"][heads],
             joined["hash"][heads],
+            joined["size"][heads].astype(np.int64),
             whole,
         )
 

@@ -484,7 +484,7 @@ def encode_all(
     first = next(batches, None)
     stage = open_encoder(tokenizer, backend, first, threads=workers)
     if stage.record.fallback and backend == "auto":
-        progress.warn(f"tokenizers does the work, many times slower than gigatoken: {stage.record.fallback}.")
+        progress.warn(f"tokenizers does the work instead of gigatoken: {stage.record.fallback}.")
 
     def everything() -> Iterator[Documents]:
         if first is not None:

@@ -3,9 +3,10 @@
 A `Tokenizer` wraps one `tokenizer.json` of the `tokenizers` library, which is the definition of right ids here; the
 fast encoder (encoder.py) is checked against it. Three rules that the library alone does not give:
 
-- The text of a special token inside a document is ordinary text. Only the writer puts an EOS between documents.
-- `token_bytes` are the bytes that an id stands for, taken from the vocabulary (byte-level alphabet inverted), never
-  from decoded strings: a character may be spread over several ids, each of them undecodable by itself.
+- The text of a control token inside a document is ordinary text (control_tokens.py). Only the writer puts an EOS
+  between documents.
+- `token_bytes` are the bytes that an id stands for inside a text (detokenizer.py), never decoded strings: a character
+  may be spread over several ids, each of them undecodable by itself. Whether they add up to the text is `lossless`.
 - The identity is the sha256 of the canonical JSON (sorted keys, ASCII, truncation and padding removed), so it survives
   another indentation or another version of the library.
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmcore import storage
+from lmcore.data.control_tokens import control_ids, without_control
+from lmcore.data.detokenizer import Detokenizer, Speller, byte_alphabet
 from lmcore.data.manifest import MANIFEST, TokenizerEntry
 from lmcore.errors import LmError
 
@@ -35,10 +37,10 @@ CONFIG = "tokenizer_config.json"
 MAX_JSON_BYTES = 256 << 20
 _MIN_TRAINED = 257  # 256 bytes and EOS
 _MAX_TRAINED = 1 << 20
+_MAX_VOCABULARY = 1 << 24
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>", "[SEP]")
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>", "[CLS]")
 _PAD_NAMES = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -48,6 +50,9 @@ class Tokenizer:
     bos_id, pad_id: None when the vocabulary has none. sha256: identity of the canonical JSON.
     """
 
+    opening: tuple[int, ...] = ()
+    """Ids in front of every document in the training of the model that this was loaded with (surroundings.py)."""
+
     def __init__(self, definition: dict[str, Any], *, name: str, eos: str | None = None) -> None:
         """definition: the parsed tokenizer.json. eos: text of the token that ends a document; found by name if None."""
         self.definition = {**definition, "truncation": None, "padding": None}
@@ -55,21 +60,28 @@ class Tokenizer:
         self._json = storage.canonical_json(self.definition)
         self.sha256 = hashlib.sha256(self._json).hexdigest()
         try:
-            self.reference = tokenizers.Tokenizer.from_str(self._json.decode())
+            self.reference = _load(self._json)
         except Exception as error:  # the library raises plain Exception
             raise LmError(f"{name}: not a tokenizer.json that `tokenizers` can load ({error}).") from error
-        self.reference.encode_special_tokens = True
         vocabulary = self.reference.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise LmError(f"{name}: the vocabulary is empty.")
         self.max_id = max(vocabulary.values())
+        if self.max_id >= _MAX_VOCABULARY:
+            raise LmError(
+                f"{name}: an id of {self.max_id:,}; vocabularies of up to {_MAX_VOCABULARY:,} ids are carried."
+            )
         self.vocab_size = self.max_id + 1
-        self.special_ids = frozenset(
-            number for number, token in self.reference.get_added_tokens_decoder().items() if token.special
-        )
-        self.eos_id = self._find_eos(vocabulary, eos)
+        added = self.reference.get_added_tokens_decoder()
+        special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.eos_id = self._find_eos(vocabulary, special_ids, eos)
         self.bos_id = next((vocabulary[word] for word in _BOS_NAMES if word in vocabulary), None)
         self.pad_id = next((vocabulary[word] for word in _PAD_NAMES if word in vocabulary), None)
+        named = {number for number in (self.eos_id, self.bos_id, self.pad_id) if number is not None}
+        self.control_ids = control_ids(
+            [(number, str(token.content), bool(token.special)) for number, token in added.items()], named
+        )
+        self._detokenizer = Detokenizer(self.definition, self.reference, special_ids | named, self.vocab_size)
 
     # ------------------------------------------------------------------------------------ making one
 
@@ -147,61 +159,67 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------ text <-> ids
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; no EOS is added, and the text of a special token is plain text."""
-        return list(self.reference.encode(repair(text), add_special_tokens=False).ids)
+    def encode(self, text: str, *, control: bool = False) -> list[int]:
+        """Ids of a text; no EOS is added. The text of a control token is plain text, or with `control` that token."""
+        encoder = self._with_control if control else self.plain
+        return list(encoder.encode(repair(text), add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
-        encodings = self.reference.encode_batch_fast([repair(text) for text in texts], add_special_tokens=False)
+        encoder = self._with_control if control else self.plain
+        encodings = encoder.encode_batch_fast([repair(text) for text in texts], add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Text of ids. Byte-level vocabularies are exact: decode(encode(text)) == text; bytes that are no UTF-8 (a
-        character cut in two) become U+FFFD. Special tokens are left out unless `specials`."""
+        """Text of ids: exactly the text that was encoded where the tokenizer is `lossless`, else what the library makes
+        of them. Bytes that are no UTF-8 (a character cut in two) become U+FFFD. Special tokens are left out unless
+        `specials`."""
         numbers = [int(number) for number in ids]
-        if self.is_byte_level:
-            table = self._spelled if specials else self._bytes
+        if self._detokenizer.is_bytes:
+            table = self._spelled if specials else self._detokenizer.table
             return b"".join(table[number] for number in numbers if 0 <= number < self.vocab_size).decode(
                 "utf-8", errors="replace"
             )
         return str(self.reference.decode(numbers, skip_special_tokens=not specials))
 
     def token_bytes(self) -> list[bytes]:
-        """Raw bytes of every id, b"" for special tokens and unused ids; a fresh list of `vocab_size` entries."""
-        return list(self._bytes)
+        """Bytes that each id adds to a text, b"" for special tokens and unused ids; a fresh list of `vocab_size`
+        entries. They add up to the bytes of a text where the tokenizer is `lossless`."""
+        return list(self._detokenizer.table)
+
+    def speller(self, context: Sequence[int] = ()) -> Speller:
+        """Bytes that ids add one after the other to the text of `context`; see Detokenizer.speller."""
+        return self._detokenizer.speller(context)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the bytes of a text's ids, joined, are the text, for every text."""
+        return self._detokenizer.lossless
 
     @functools.cached_property
-    def is_byte_level(self) -> bool:
-        """Whether every id is a string of bytes (GPT-2's alphabet), so that no text is lost or changed."""
-        return (
-            _mentions(self.definition.get("pre_tokenizer"), "ByteLevel")
-            and self.definition.get("normalizer") is None
-            and self.definition["model"].get("type") == "BPE"
-        )
-
-    @functools.cached_property
-    def _bytes(self) -> tuple[bytes, ...]:
+    def plain_definition(self) -> dict[str, Any] | None:
+        """The tokenizer.json of `plain` where it is another one than `definition`."""
         added = self.reference.get_added_tokens_decoder()
-        value_of = {character: value for value, character in enumerate(byte_alphabet())}
-        table = [b""] * self.vocab_size
-        for token, number in self.reference.get_vocab(with_added_tokens=True).items():
-            if number in self.special_ids:
-                continue
-            if number in added:
-                table[number] = token.encode()  # added tokens are matched in the text itself
-            elif self.is_byte_level:
-                table[number] = bytes(value_of[character] for character in token)
-            elif match := _BYTE_TOKEN.fullmatch(token):
-                table[number] = bytes([int(match[1], 16)])
-            else:
-                table[number] = token.replace("\u2581", " ").encode()
-        return tuple(table)
+        ids_of = {str(token.content): number for number, token in added.items()}
+        return without_control(self.definition, self.control_ids, ids_of)
+
+    @functools.cached_property
+    def plain(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer for documents: the same ids, but none of a control token."""
+        if self.plain_definition is None:
+            return self.reference
+        return _load(json.dumps(self.plain_definition).encode())
+
+    @functools.cached_property
+    def _with_control(self) -> tokenizers.Tokenizer:
+        encoder = _load(self._json)
+        encoder.encode_special_tokens = False
+        return encoder
 
     @functools.cached_property
     def _spelled(self) -> tuple[bytes, ...]:
-        added = self.reference.get_added_tokens_decoder()
-        return tuple(added[n].content.encode() if n in self.special_ids else raw for n, raw in enumerate(self._bytes))
+        text_of = {number: str(self.reference.id_to_token(number)).encode() for number in self.control_ids}
+        return tuple(raw or text_of.get(number, b"") for number, raw in enumerate(self._detokenizer.table))
 
     # ------------------------------------------------------------------------------------ keeping it
 
@@ -236,14 +254,14 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, sha256={self.sha256[:8]})"
 
-    def _find_eos(self, vocabulary: dict[str, int], eos: str | None) -> int:
+    def _find_eos(self, vocabulary: dict[str, int], special_ids: frozenset[int], eos: str | None) -> int:
         if eos is not None:
             if eos not in vocabulary:
                 raise LmError(f"{self.name}: the vocabulary has no token {eos!r} to end a document with.")
             return vocabulary[eos]
         found = _usual_eos(vocabulary)
         if found is None:
-            specials = ", ".join(sorted(str(self.reference.id_to_token(n)) for n in self.special_ids)[:12]) or "none"
+            specials = ", ".join(sorted(str(self.reference.id_to_token(n)) for n in special_ids)[:12]) or "none"
             raise LmError(
                 f"{self.name}: no token that ends a document is known (special tokens: {specials}).",
                 hint=f'Put a {CONFIG} beside it with {{"eos_token": "..."}}.',
@@ -265,12 +283,13 @@ def repair(text: str) -> str:
     return text
 
 
-@functools.cache
-def byte_alphabet() -> str:
-    """GPT-2's 256 printable stand-ins for bytes: character number b stands for the byte b."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return "".join(chr(value if value in printable else next(spare)) for value in range(256))
+def _load(definition: bytes) -> tokenizers.Tokenizer:
+    """The library's object. It leaves special tokens in a text alone, and no merge to chance."""
+    loaded = tokenizers.Tokenizer.from_str(definition.decode())
+    loaded.encode_special_tokens = True
+    if isinstance(loaded.model, models.BPE):
+        loaded.model.dropout = None
+    return loaded
 
 
 def _usual_eos(vocabulary: dict[str, int]) -> int | None:
@@ -302,14 +321,6 @@ def _configured_eos(file: Path, definition: dict[str, Any]) -> str | None:
 def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
     vocabulary = definition["model"].get("vocab")
     return vocabulary if isinstance(vocabulary, dict) else {}
-
-
-def _mentions(part: Any, kind: str) -> bool:
-    """Whether a component of a tokenizer.json is of this type or a sequence that contains one."""
-    if not isinstance(part, dict):
-        return False
-    inner = [item for value in part.values() if isinstance(value, list) for item in value]
-    return part.get("type") == kind or any(_mentions(item, kind) for item in inner)
 
 
 def _name_of(file: Path) -> str:

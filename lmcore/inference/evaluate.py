@@ -2,13 +2,13 @@
 
     loss            nats per token: mean of -log p(token | what came before it in its window), over every target
     perplexity      exp(loss)
-    bits per byte   sum of nats / ln 2 / UTF-8 bytes of the same tokens; comparable between tokenizers
+    bits per byte   sum of nats / ln 2 / UTF-8 bytes of the same text; comparable between tokenizers
 
 The whole stream is covered: windows of `context_length` inputs lie side by side, so that every token but the very
 first is a target exactly once. A `stride` smaller than the context makes the windows overlap; then each token has at
 least `context_length - stride` tokens before it (sliding-window evaluation). The last window is moved back to keep its
 length. End-of-text tokens are targets too (a model has to know when to stop) and have no bytes, so bits per byte is the
-cost of the stream as it is. Bytes are those of the raw tokens, never those of decoded text.
+cost of the stream as it is. Bytes are those of the text (lmcore/data/text_bytes.py), never those of decoded strings.
 
 The standard error treats documents as the independent units (tokens of one document are not): with s_d nats and n_d
 tokens in document d and r = sum s / sum n, it is sqrt(D / (D-1) * sum (s_d - r n_d)^2) / sum n. Where a stream has no
@@ -31,13 +31,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lmcore.data.text_bytes import Places, TextBytes, text_bytes
 from lmcore.errors import Exit, LmError
 from lmcore.inference.decode import Decoder
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from lmcore.data.stream import TokenStream
-    from lmcore.data.tokenizer import Tokenizer
     from lmcore.model.model import LanguageModel
     from lmcore.training.checkpoint import LoadedModel
 
@@ -67,12 +67,12 @@ class Evaluation:
     loss_stderr: float | None
     perplexity: float
     bits_per_byte: float | None
-    """None when the bytes of the tokens are unknown."""
+    """None when the bytes of text behind the tokens are unknown."""
     bits_per_byte_stderr: float | None
     tokens: int
     """Targets that were scored."""
     bytes: int
-    """Raw UTF-8 bytes of these targets."""
+    """UTF-8 bytes of the text behind these targets."""
     units: int
     """Documents (or windows) behind the standard error."""
     unit: str
@@ -125,7 +125,7 @@ def evaluate(
         loaded.model,
         stream,
         context_length=context_length or loaded.model.config.context_length,
-        byte_lengths=None if tokenizer is None else byte_lengths(tokenizer),
+        text_bytes=text_bytes(stream, tokenizer),
         eos_id=None if tokenizer is None else tokenizer.eos_id,
         stride=stride,
         max_tokens=max_tokens,
@@ -140,7 +140,7 @@ def evaluate_model(
     stream: TokenStream,
     *,
     context_length: int,
-    byte_lengths: npt.NDArray[np.int64] | None = None,
+    text_bytes: TextBytes | None = None,
     eos_id: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -149,19 +149,23 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate a model in the mode, dtype and device in which it is; training mode is restored afterwards.
 
-    byte_lengths: (vocabulary,) bytes of each token, for bits per byte. eos_id: ends a document, for the standard error.
+    text_bytes: the bytes of text behind the tokens, for bits per byte. eos_id: ends a document, for the standard error.
     max_tokens: score only about this many targets, in whole windows spread evenly over the stream.
     """
     windows = _windows(len(stream), context_length, stride, max_tokens)
-    units = _Units(byte_lengths, eos_id if max_tokens is None else None)
+    units = _Units(eos_id if max_tokens is None else None)
     positions = _Positions(windows.length)
     was_training = model.training
     model.eval()
     progress.start("evaluate", float(windows.counts.sum()), "tokens")
     try:
-        for tokens, losses, counts in _score(model, stream, windows, batch_tokens):
+        for starts, tokens, losses, counts in _score(model, stream, windows, batch_tokens):
+            if text_bytes is None:
+                sizes = np.zeros(tokens.shape)
+            else:
+                sizes = text_bytes.count(tokens, starts[:, None] + np.arange(1, windows.length + 1))
             for row, count in enumerate(counts):
-                units.add(tokens[row, -count:], losses[row, -count:])
+                units.add(tokens[row, -count:], losses[row, -count:], sizes[row, -count:])
                 positions.add(losses[row, -count:])
             progress.advance(float(counts.sum()))
     finally:
@@ -179,7 +183,7 @@ def evaluate_model(
         bits_per_byte=float(nats / math.log(2) / bytes_) if bytes_ else None,
         bits_per_byte_stderr=_ratio_stderr(sums[:, 0] / math.log(2), sums[:, 2]) if bytes_ else None,
         tokens=int(tokens_),
-        bytes=int(bytes_),
+        bytes=round(bytes_),
         units=len(sums),
         unit=units.unit,
         context_length=windows.length,
@@ -204,11 +208,6 @@ def difference(a: Evaluation, b: Evaluation) -> Difference:
         bits_per_byte_stderr=_ratio_stderr(nats / math.log(2), bytes_) if has_bytes else None,
         better_share=float((nats < 0).mean()),
     )
-
-
-def byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    """(max id + 1,) raw bytes of each token; special tokens have 0."""
-    return np.array([len(raw) for raw in tokenizer.token_bytes()], dtype=np.int64)
 
 
 def refuse_other_tokenizer(loaded: LoadedModel, stream: TokenStream) -> None:
@@ -276,17 +275,18 @@ def _windows(n_tokens: int, context_length: int, stride: int | None, max_tokens:
 
 def _score(
     model: LanguageModel, stream: TokenStream, windows: _Windows, batch_tokens: int
-) -> Iterator[tuple[Array, Array, npt.NDArray[np.int64]]]:
-    """Yields (targets (B, T), losses (B, T), counts (B,)) in stream order."""
+) -> Iterator[tuple[Places, Array, Array, Places]]:
+    """Yields (starts (B,), targets (B, T), losses (B, T), counts (B,)) in stream order."""
     device = next(model.parameters()).device
     reader = Decoder.of(model)  # the same model with weights packed for the CPU's matrix kernels
     rows = max(1, batch_tokens // windows.length)
     for first in range(0, len(windows.starts), rows):
-        raw = stream.windows(windows.starts[first : first + rows], windows.length + 1)
+        starts = windows.starts[first : first + rows]
+        raw = stream.windows(starts, windows.length + 1)
         tokens = torch.from_numpy(raw.astype(np.int64)).to(device)
         hidden = reader.read(tokens[:, :-1])
         losses = _losses(reader.logits, hidden, tokens[:, 1:], model.config.vocab_size).cpu().numpy()
-        yield raw[:, 1:], losses, windows.counts[first : first + rows]
+        yield starts, raw[:, 1:], losses, windows.counts[first : first + rows]
 
 
 # ---------------------------------------------------------------------------------------- sums
@@ -295,8 +295,7 @@ def _score(
 class _Units:
     """Sums per document while the targets come in stream order; per call of `add` when no id ends a document."""
 
-    def __init__(self, byte_lengths: npt.NDArray[np.int64] | None, eos_id: int | None) -> None:
-        self._byte_lengths = byte_lengths
+    def __init__(self, eos_id: int | None) -> None:
         self._eos_id = eos_id
         self._documents: list[Floats] = []
         self._windows: list[Floats] = []
@@ -306,9 +305,8 @@ class _Units:
     def unit(self) -> str:
         return "documents" if len(self._documents) > 1 else "windows"
 
-    def add(self, targets: Array, losses: Array) -> None:
-        lengths = self._byte_lengths[targets] if self._byte_lengths is not None else np.zeros(len(targets))
-        values = np.stack([losses.astype(np.float64), np.ones(len(targets)), lengths], axis=1)
+    def add(self, targets: Array, losses: Array, sizes: Floats) -> None:
+        values = np.stack([losses.astype(np.float64), np.ones(len(targets)), sizes], axis=1)
         self._windows.append(values.sum(0))
         if self._eos_id is None:
             return

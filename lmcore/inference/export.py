@@ -249,11 +249,11 @@ def _hf_documents(loaded: LoadedModel, family: str, dtype: str) -> dict[str, byt
     generation: dict[str, Any] = {"do_sample": True, "temperature": 0.8}
     result: dict[str, bytes] = {}
     if tokenizer is not None:
-        ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+        ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": _first(tokenizer)}
         ids["pad_token_id"] = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
         config |= ids
         generation |= ids
-        result["tokenizer.json"] = tokenizer.to_json()
+        result["tokenizer.json"] = _with_opening(tokenizer)
         result["tokenizer_config.json"] = _json(_tokenizer_config(tokenizer, loaded.model.config.context_length))
     else:
         config |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
@@ -270,9 +270,35 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "eos_token": text(tokenizer.eos_id),
-        "bos_token": text(tokenizer.bos_id),
+        "bos_token": text(_first(tokenizer)),
         "pad_token": pad,
     }
+
+
+def _first(tokenizer: Tokenizer) -> int:
+    """What a text begins with for the model: its BOS, or the end of the document before it."""
+    return tokenizer.opening[0] if tokenizer.opening else tokenizer.eos_id
+
+
+def _with_opening(tokenizer: Tokenizer) -> bytes:
+    """The tokenizer.json whose post-processor puts around a text what stood around documents in training.
+
+    An exact copy where it does so already, so that the identity stays."""
+    probe = "a"
+    if list(tokenizer.reference.encode(probe).ids) == [*tokenizer.opening, *tokenizer.encode(probe)]:
+        return tokenizer.to_json()
+    marks = [str(tokenizer.reference.id_to_token(number)) for number in tokenizer.opening]
+    template = [{"SpecialToken": {"id": mark, "type_id": 0}} for mark in marks]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [*template, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*template, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            mark: {"id": mark, "ids": [number], "tokens": [mark]}
+            for mark, number in zip(marks, tokenizer.opening, strict=True)
+        },
+    }
+    return storage.canonical_json(tokenizer.definition | {"post_processor": processor if marks else None})
 
 
 def _run_metrics(checkpoint: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from lmcore.model.state import DecodeState
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from lmcore.data.tokenizer import Tokenizer
     from lmcore.model.model import LanguageModel
     from lmcore.training.checkpoint import LoadedModel
 
@@ -115,12 +116,20 @@ def complete(
     batch_size: int = 16,
     overflow: Overflow = "slide",
     speculate: bool = False,
+    control: bool = False,
     progress: Progress = SILENT,
 ) -> list[Completion]:
     """All texts at once, in the order of the prompts, then of the samples. See `generate`."""
     collector = Collector()
     for chunk in generate(
-        loaded, prompts, config, batch_size=batch_size, overflow=overflow, speculate=speculate, progress=progress
+        loaded,
+        prompts,
+        config,
+        batch_size=batch_size,
+        overflow=overflow,
+        speculate=speculate,
+        control=control,
+        progress=progress,
     ):
         collector.add(chunk)
     return collector.in_order()
@@ -134,14 +143,16 @@ def generate(
     batch_size: int = 16,
     overflow: Overflow = "slide",
     speculate: bool = False,
+    control: bool = False,
     progress: Progress = SILENT,
 ) -> Iterator[Chunk]:
     """Continue every prompt; yields chunks as they arise, those of different texts interleaved.
 
-    prompts: texts, or token ids. An empty prompt starts at the beginning of a document. batch_size: rows that decode
-    together. speculate: one text at a time, with drafts of the multi-token heads if the model has some; the texts are
-    the same. Raises LmError when the model has no tokenizer, a prompt is too long for `overflow="stop"`, or the model
-    gives no finite logits.
+    prompts: texts, or token ids. A text is given to the model as documents were in training (`Tokenizer.opening`), and
+    an empty one starts at the beginning of a document. control: the text of a control token in a prompt is that token,
+    not text. batch_size: rows that decode together. speculate: one text at a time, with drafts of the multi-token heads
+    if the model has some. Raises LmError when the model has no tokenizer, a prompt is too long for `overflow="stop"`,
+    or the model gives no finite logits.
     """
     if loaded.tokenizer is None:
         raise LmError(
@@ -150,12 +161,17 @@ def generate(
         )
     config = config or SamplingConfig()
     tokenizer = loaded.tokenizer
-    encoded = [_encode(tokenizer, prompt, loaded.model.config.vocab_size) for prompt in prompts]
+    size = loaded.model.config.vocab_size
+    encoded = [_encode(tokenizer, prompt, size, control=control) for prompt in prompts]
     engine = _Engine(loaded.model, config, encoded, overflow)
-    table = tokenizer.token_bytes()
-    table += [b""] * (loaded.model.config.vocab_size - len(table))  # imported models may have more rows than tokens
     waiting = deque(
-        _Row(index, sample, list(ids), Uniforms(config.seed, ids, sample), TextStream(table, config.stop))
+        _Row(
+            index,
+            sample,
+            list(ids),
+            Uniforms(config.seed, ids, sample),
+            TextStream(tokenizer.speller(ids), config.stop),
+        )
         for index, ids in enumerate(encoded)
         for sample in range(config.samples)
     )
@@ -363,10 +379,11 @@ def _speculate(engine: _Engine, row: _Row, eos_id: int | None) -> Iterator[Chunk
     engine.rows = []
 
 
-def _encode(tokenizer: Any, prompt: str | Sequence[int], vocab_size: int) -> list[int]:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-    if isinstance(prompt, str) and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int], vocab_size: int, *, control: bool = False) -> list[int]:
+    if isinstance(prompt, str):
+        ids = [*tokenizer.opening, *tokenizer.encode(prompt, control=control)]
+    else:
+        ids = [int(token) for token in prompt]
     if not ids:
         ids = [tokenizer.eos_id]  # a document ends here, so another begins
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lmcore import storage
+from lmcore.data.surroundings import opening_of_tokenizer
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 from lmcore.inference import families
@@ -74,6 +75,7 @@ def import_model(
         "samples": 0,
         "sources": [],
         "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
+        "opening": list(opening_of_tokenizer(tokenizer)) if tokenizer is not None else [],
         "imported_from": {
             "path": os.fspath(source),
             "family": family,

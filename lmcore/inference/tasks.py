@@ -6,8 +6,7 @@ line is one request:
 
     {"doc_id": 0, "idx": 1, "label": 1, "request": {"context": "Question ...", "continuation": " answer"}}
 
-Scores, with s = sum of log p over the tokens of a continuation (context and continuation are encoded separately; a BOS
-comes first if the tokenizer has one; what is too long is cut from the left):
+Scores, with s = sum of log p over the tokens of a continuation (what is too long is cut from the left):
 
     acc             the right choice has the largest s
     acc_per_char    ... the largest s / characters, the leading space included
@@ -18,6 +17,10 @@ comes first if the tokenizer has one; what is too long is cut from the left):
 Traps of these files, handled here: lines with doc_id >= 1,000,000 are unconditional repetitions and no questions; one
 question may have several contexts (WinoGrande), so contexts are shared by their text and not by document; a label may
 be a list of texts instead of an index (LAMBADA), then the only continuation is the right one.
+
+A continuation is scored in place: context and continuation are encoded together, and its tokens are those behind the
+last one that the context alone has too. Encoded alone it could begin with another token (SentencePiece puts a word
+start in front of every text). What stands before a document in training stands before a context (`Tokenizer.opening`).
 
 MMLU comes from other files (mmlu.py): one task per subject, and the score over all questions.
 
@@ -337,18 +340,17 @@ def log_likelihoods(
     if tokenizer is None:
         raise LmError(f"{loaded.path}: this model has no tokenizer, so it cannot read tasks.")
     room = loaded.model.config.context_length
-    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-    encoded: dict[str, list[int]] = {}
-    texts = list({text for pair in pairs for text in pair})
-    encoded.update(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    texts = list({text for context, continuation in pairs for text in (context, context + continuation)})
+    encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     # Equal contexts (as they remain after cutting) are read once.
     wanted: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for number, (context, continuation) in enumerate(pairs):
-        after = encoded[continuation]
-        if not after:
+        whole = encoded[context + continuation]
+        if not continuation or not whole:
             raise LmError(f"a continuation is empty: {continuation!r}.", code=Exit.DATA)
-        after = after[:room]
-        before = (start + encoded[context]) or [tokenizer.eos_id]
+        shared = min(_common_beginning(encoded[context], whole), len(whole) - 1)
+        after = whole[shared:][:room]
+        before = [*tokenizer.opening, *whole[:shared]] or [tokenizer.eos_id]
         keep = max(1, room - (len(after) - 1))
         wanted.setdefault(tuple(before[-keep:]), []).append((number, after))
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
@@ -417,6 +419,11 @@ def _score_group(model: LanguageModel, group: _Group) -> Iterator[tuple[int, tup
         yield number, (math.fsum(values_), matched)
 
 
+def _common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of equal tokens at the beginning."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
     """Tokens at the beginning that all contexts have in common and that are worth a pass of their own; each context
     keeps at least one token for itself."""
@@ -424,8 +431,8 @@ def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
         return 0
     first, last = min(contexts), max(contexts)  # whatever lies between them in order shares what these two share
     most = min(map(len, contexts)) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    return shared if (shared := min(same, most)) >= _SHARED_TOKENS else 0
+    shared = min(_common_beginning(first, last), most)
+    return shared if shared >= _SHARED_TOKENS else 0
 
 
 def _padded(rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,20 +5,21 @@ until the rest has come; what is still unfinished at the end of a text is droppe
 Bytes that can never become a character are shown as U+FFFD. A text that might be the beginning of a stop text is held
 back too.
 
-Raw bytes of each token come from the tokenizer (`token_bytes`); special tokens have none and are therefore invisible.
+What each token adds comes from the tokenizer (`Tokenizer.speller`); special tokens add nothing and are invisible.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class TextStream:
     """Turns the tokens of one text into pieces of text that can be shown at once."""
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, speller: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
+        """speller: the bytes that the next token adds."""
+        self._speller = speller
         self._stop = tuple(text for text in stop if text)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -29,7 +30,7 @@ class TextStream:
         """Add one token; return the text that is now certain (often empty)."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._token_bytes[token])
+        self._held += self._decoder.decode(self._speller(token))
         found = [index for index in (self._held.find(text) for text in self._stop) if index >= 0]
         if found:
             self.stopped = True

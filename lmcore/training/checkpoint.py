@@ -290,9 +290,22 @@ def load_model(
             f"({str(recorded)[:12]}).",
             code=Exit.DATA,
         )
+    if tokenizer is not None:
+        tokenizer.opening = _opening(state, tokenizer)
     model.to(device=resolve_device(device), dtype=dtype)
     model.eval()
     return LoadedModel(model, tokenizer, config, state, checkpoint)
+
+
+def _opening(state: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids in front of every document in training. Runs that do not record them read documents without a BOS, imported
+    models what their tokenizer puts in front."""
+    from lmcore.data.surroundings import opening_of_tokenizer
+
+    recorded = state.get("opening")
+    if isinstance(recorded, list):
+        return tuple(recorded)
+    return opening_of_tokenizer(tokenizer) if "imported_from" in state else ()
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

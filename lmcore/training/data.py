@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, Manifest, read_manifest
 from lmcore.data.plan import TokenizeConfig
 from lmcore.data.sampler import Mixture, Sampler
 from lmcore.data.stream import TokenStream
 from lmcore.data.streaming import TextStream
+from lmcore.data.surroundings import opening_of_data
+from lmcore.data.text_bytes import TextBytes, text_bytes
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError, quoted
 from lmcore.progress import Notes
@@ -114,8 +113,10 @@ class RunData:
     samples: Sampler | Mixture | TextStream
     val: dict[str, TokenStream]
     """Validation streams by a short name."""
-    byte_lengths: npt.NDArray[np.int64] | None
-    """(vocabulary,) raw bytes of each token; None when there is no tokenizer."""
+    text_bytes: dict[str, TextBytes | None]
+    """Of each validation stream: the bytes of text behind its tokens; None where they are unknown."""
+    opening: tuple[int, ...]
+    """Ids in front of every document of the training data."""
     n_tokens: int
     """Training tokens of all sources; 0 when they are not counted (text)."""
     identity: dict[str, Any]
@@ -128,18 +129,18 @@ def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
     be."""
     data, model, train = config.data, config.model, config.train
     val = {_name(path): TokenStream.open(path, verify=data.verify) for path in data.val or ()}
-    lengths = None
+    tokenizer = None
     if sets.tokenizer is not None:
         place = _tokenizer_file(Path(data.train[0].path)) if data.stream is None else None
         tokenizer = Tokenizer.from_file(place) if place is not None else Tokenizer.load(str(data.tokenizer))
-        lengths = np.array([len(token) for token in tokenizer.token_bytes()], dtype=np.int64)
+    counters = {name: text_bytes(stream, tokenizer) for name, stream in val.items()}
     if data.stream is not None:
         notes = Notes()
         where = run_dir / SOURCE
         text = TextStream.open(
             _text_config(data), where, context_length=model.context_length, seed=train.seed, progress=notes
         )
-        return RunData(text, val, lengths, 0, data_identity(config, sets, text.dataset_id), tuple(notes.said))
+        return RunData(text, val, counters, (), 0, data_identity(config, sets, text.dataset_id), tuple(notes.said))
     streams = [(TokenStream.open(source.path, verify=data.verify), source) for source in data.train]
     for stream, _ in streams:
         stream.require_vocabulary(model.vocab_size)
@@ -154,7 +155,10 @@ def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
             order=data.order,
             names=[source.path for _, source in streams],
         )
-    return RunData(samples, val, lengths, sum(len(stream) for stream, _ in streams), data_identity(config, sets))
+    heaviest = max(streams, key=lambda pair: pair[1].weight)[0]
+    opening = opening_of_data(heaviest, tokenizer) if tokenizer is not None else ()
+    n_tokens = sum(len(stream) for stream, _ in streams)
+    return RunData(samples, val, counters, opening, n_tokens, data_identity(config, sets))
 
 
 def _text_config(data: DataConfig) -> TokenizeConfig:

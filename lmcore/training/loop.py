@@ -484,7 +484,7 @@ class _Run:
                     world=self.world,
                     max_tokens=self.config.train.eval.tokens,
                     batch_rows=self.shape.micro,
-                    byte_lengths=self.data.byte_lengths,
+                    text_bytes=self.data.text_bytes.get(name),
                     stopped=lambda: bool(self.stop.number),
                     together=self.sharded,
                 )
@@ -606,6 +606,7 @@ class _Run:
                 "fingerprint": self._fingerprint(),
                 "world_size": self.world.size,
                 "source_state": self._source_state,
+                "opening": list(self.data.opening),
                 **self.data.identity,
             },
             config=self.config.to_yaml().encode(),

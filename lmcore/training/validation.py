@@ -2,8 +2,8 @@
 
 The windows lie side by side, so that every token but the first is predicted once; when a stream is longer than the
 limit, whole windows are taken at even distances. The same windows every time, no random numbers, nothing of the
-training's state touched. Bits per byte = sum of nats / ln 2 / raw bytes of the predicted tokens. `lm eval` does more
-(standard errors, loss by position); this is the part that a training run needs every few minutes.
+training's state touched. Bits per byte = sum of nats / ln 2 / bytes of text behind the predicted tokens. `lm eval` does
+more (standard errors, loss by position); this is the part that a training run needs every few minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from lmcore.data.stream import TokenStream
+from lmcore.data.text_bytes import TextBytes
 from lmcore.model.model import LanguageModel
 from lmcore.training.parallel import World
 
@@ -49,7 +50,7 @@ def validate(
     world: World,
     max_tokens: int,
     batch_rows: int,
-    byte_lengths: npt.NDArray[np.int64] | None,
+    text_bytes: TextBytes | None,
     stopped: Callable[[], bool] = lambda: False,
     together: bool = False,
 ) -> Validation | None:
@@ -87,8 +88,8 @@ def validate(
                 continue
             sums[0] += float(term.sum)
             sums[1] += int(term.count)
-            if byte_lengths is not None:
-                sums[2] += int(byte_lengths[tokens[:, 1:]].sum())
+            if text_bytes is not None:
+                sums[2] += float(text_bytes.count(tokens[:, 1:], own[:, None] + np.arange(1, length + 1)).sum())
     finally:
         model.set_depth_mode("auto")
         model.train(training)

@@ -155,8 +155,9 @@ def test_a_damaged_index_whose_hash_fits_is_refused_or_means_what_it_says(make_s
     for seed in range(SEEDS // 3):
         manifest = tiny.manifest
         for number, (path, raw) in enumerate(sound.items()):
-            header, records = raw[:128], damaged(raw[128:], 1000 * number + seed)
-            records = records[: len(raw) - 128].ljust(len(raw) - 128, b"\0")
+            begin = 10 + int.from_bytes(raw[8:10], "little")
+            header, records = raw[:begin], damaged(raw[begin:], 1000 * number + seed)
+            records = records[: len(raw) - begin].ljust(len(raw) - begin, b"\0")
             path.write_bytes(header + records)
             manifest["shards"][number]["docs_sha256"] = hashlib.sha256(header + records).hexdigest()
         write_manifest(tiny.path, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 import corpora
 import numpy as np
 import pytest
+import tokenizer_zoo as zoo
+from tiny_sets import npy_bytes, write_manifest
 
 from lmcore import storage
 from lmcore.data import readers, tokenization
@@ -638,3 +641,39 @@ def test_a_document_of_200_megabytes_fits_into_two_gibibytes(tmp_path: Path, sma
     assert documents == 3
     assert size == len(huge.encode()) + len("before" + "after")
     assert peak_mib < 2048
+
+
+@pytest.mark.parametrize("name", zoo.ALL)
+def test_a_set_of_any_tokenizer_holds_one_eos_per_document_and_validates(name: str, tmp_path: Path) -> None:
+    """Documents full of the texts of control tokens, of every class of tokenizer: the ids are the library's without
+    control tokens, and nothing is called a fault that is none."""
+    tokenizer = zoo.tokenizer(name)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(tmp_path / "tokenizer" / "tokenizer.json")
+    texts = [text for text in zoo.HARD if text] * 2 + TEXTS[:30]
+    corpora.write_jsonl(tmp_path / "texts.jsonl", texts)
+    report = tokenize(config(tmp_path / "texts.jsonl", tmp_path / "tokenizer"), tmp_path / "set")
+    stream = corpora.stream_of(tmp_path / "set").tolist()
+    assert stream.count(tokenizer.eos_id) == report.n_docs == len(texts)
+    assert stream == [number for text in texts for number in [*tokenizer.encode(text), tokenizer.eos_id]]
+    assert report.n_bytes == sum(len(text.encode()) for text in texts)
+    found = validate(tmp_path / "set", level="deep")
+    assert found.ok, [str(finding) for finding in found.findings]
+    assert found.sets[0].statistics is not None
+    proven = found.sets[0].statistics.decoded_documents
+    assert proven == len(texts) or not tokenizer.lossless
+
+    # The same set with tokens in another order within each document, and every hash made to fit: no text decodes to it.
+    file = tmp_path / "set" / "shard-00000.npy"
+    tokens = np.load(file)
+    words = np.flatnonzero(tokens.reshape(-1) != tokenizer.eos_id)
+    tokens.reshape(-1)[words] = tokens.reshape(-1)[words[::-1]]
+    file.write_bytes(npy_bytes(tokens))
+    changed = json.loads((tmp_path / "set" / MANIFEST).read_text())
+    changed["shards"][0]["sha256"] = hashlib.sha256(npy_bytes(tokens)).hexdigest()
+    write_manifest(tmp_path / "set", changed)
+    found = validate(tmp_path / "set", level="deep")
+    errors = {finding.code for finding in found.findings if finding.severity == "error"}
+    assert errors == ({"V024"} if tokenizer.lossless else set())  # a text that comes back changed proves nothing
+    assert found.sets[0].statistics is not None
+    assert found.sets[0].statistics.decoded_documents < proven or not proven

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizer_zoo as zoo
 import torch
 
 from lmcore.data.stream import TokenStream
+from lmcore.data.text_bytes import text_bytes
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import LmError
-from lmcore.inference.evaluate import byte_lengths, difference, evaluate, evaluate_model, token_losses
+from lmcore.inference.evaluate import difference, evaluate, evaluate_model, token_losses
 from lmcore.inference.overlap import document_hashes, find_overlaps, refuse_overlap
-from tests.inference.tiny import documents, make_run, make_set, small_loaded
+from tests.inference.tiny import documents, make_run, make_set, small_config, small_loaded, small_model
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +89,49 @@ def test_standard_error_is_that_of_resampled_documents(data: Path) -> None:
     assert found.bits_per_byte_stderr == pytest.approx(np.std([s[0] / s[2] for s in draws]) / math.log(2), rel=0.15)
 
 
+def bytes_of(tokenizer: Tokenizer, stream: TokenStream) -> float:
+    counter = text_bytes(stream, tokenizer)
+    assert counter is not None
+    return float(counter.count(stream.read(0, len(stream)), np.arange(len(stream))).sum())
+
+
 def test_bytes_are_those_of_the_text(data: Path) -> None:
     """Characters of several bytes are split between tokens of the byte tokenizer; the sum is still exact."""
     tokenizer = Tokenizer.train(documents(), 300)
     text = "".join(documents(3))
-    assert byte_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
-    assert byte_lengths(tokenizer)[tokenizer.eos_id] == 0
+    assert bytes_of(tokenizer, TokenStream.from_array(np.array(tokenizer.encode(text)))) == len(text.encode())
+    assert bytes_of(tokenizer, TokenStream.from_array(np.array([tokenizer.eos_id, tokenizer.eos_id]))) == 0
+
+
+@pytest.mark.parametrize("name", zoo.ALL)
+def test_bits_per_byte_divide_by_the_bytes_of_the_text_whatever_the_tokenizer(name: str, tmp_path: Path) -> None:
+    """Also where the ids do not add up to the text: lower case, a blank in front, unknown words."""
+    tokenizer = zoo.tokenizer(name)
+    texts = [*(text for text in zoo.HARD if text), *documents(6)]
+    path = make_set(tmp_path / "set", texts, tokenizer, held_out=5)
+    for place, some in ((path, texts), (path / "val", texts[-5:]), (path / "train", texts[:-5])):
+        right = sum(len(text.encode()) for text in some)
+        stream = TokenStream.open(place)
+        assert bytes_of(tokenizer, stream) == pytest.approx(right, abs=1e-6)
+    loaded = small_loaded()
+    model = small_model(small_config(tokenizer.vocab_size))
+    found = evaluate(dataclasses.replace(loaded, model=model, tokenizer=tokenizer), TokenStream.open(path / "val"))
+    first = len(texts[-5].encode()) / max(1, len(tokenizer.encode(texts[-5]))) if not tokenizer.lossless else None
+    right = sum(len(text.encode()) for text in texts[-5:])
+    lost = first if first is not None else len(tokenizer.token_bytes()[tokenizer.encode(texts[-5])[0]])
+    assert found.bytes == pytest.approx(right - lost, abs=1)  # the very first token is no target
+    assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / (right - lost), rel=1e-3)
+
+
+def test_bits_per_byte_are_unknown_where_the_bytes_are(data: Path) -> None:
+    """Ids without an index, of a tokenizer whose ids do not add up to the text."""
+    tokenizer = zoo.tokenizer("byte level, lower case")
+    stream = TokenStream.from_array(np.array(tokenizer.encode("the river and the stone")))
+    assert text_bytes(stream, tokenizer) is None
+    loaded = dataclasses.replace(
+        small_loaded(), model=small_model(small_config(tokenizer.vocab_size)), tokenizer=tokenizer
+    )
+    assert evaluate(loaded, stream).bits_per_byte is None
 
 
 def test_batch_size_does_not_matter_and_training_mode_survives(data: Path) -> None:

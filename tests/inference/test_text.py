@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lmcore.inference.text import TextStream
 
-BYTES = [bytes([value]) for value in range(256)] + [b""]  # one token per byte, and a special token
+BYTES = [*(bytes([value]) for value in range(256)), b""].__getitem__  # one token per byte, and a special token
 
 
 def run(stream: TextStream, data: bytes) -> tuple[list[str], str]:
