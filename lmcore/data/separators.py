@@ -1,7 +1,7 @@
 """Text that holds many documents: the marks that stand between them, found, said, and split at when asked.
 
     auto   lines that hold one of the usual marks alone: the EOS of the tokenizer, <|endoftext|>, <|end_of_text|>, </s>,
-           <eos>, or a form feed. Blank lines alone never divide.
+           <eos>, <EOS>, [EOS], <|eos|>, <|eod|>, or a form feed. Blank lines alone never divide.
     TEXT   this text wherever it stands; \\n, \\t, \\r, \\f, \\xNN, \\uNNNN and \\\\ are escapes
 
 A mark that stands alone on its line takes the line with it: the ends of the line before it and of its own. What lies
@@ -20,7 +20,7 @@ from lmcore.data.documents import check_size
 from lmcore.data.json_lines import BOM
 
 AUTO = "auto"
-USUAL = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "\f")
+USUAL = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|eos|>", "<|eod|>", "\f")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.|$)", re.DOTALL)
 _LINE_END = 2  # a mark may end at \r\n

@@ -340,7 +340,7 @@ def _choose(root: Path, found: _Found, reading: Reading) -> tuple[list[Path], li
     """(files to read, text files that are left out because of them). Without a known ending a file is looked into; it
     counts when it holds records with the text and there are none that say so by their names."""
     if reading.format != "auto":
-        return [p for p in found.files if _fits(_content(p, reading), reading.format)], []
+        return [p for p in found.files if _is_named(p, reading) or _fits(_content(p, reading), reading.format)], []
     known = [p for p in found.files if _format_of(p) is not None]
     for path in known:
         _refuse_dangling(path)
@@ -352,13 +352,21 @@ def _choose(root: Path, found: _Found, reading: Reading) -> tuple[list[Path], li
     return (records, text) if records else (known, [])
 
 
+def _is_named(path: Path, reading: Reading) -> bool:
+    """Whether the name of a file says the format that was asked for."""
+    named = _format_of(path)
+    return named is not None and named[0] == reading.format
+
+
 def _fits(content: Content, form: str) -> bool:
     """Whether a file can be read in a format that was asked for."""
     return content.kind == form or (form == "text" and (content.kind == JSONL or content.is_markup))
 
 
 def _holds_records(content: Content, reading: Reading) -> bool:
-    return content.kind in ("parquet", "arrow") or (content.kind == JSONL and reading.column in content.keys)
+    return content.kind in ("parquet", "arrow") or (
+        content.kind == JSONL and (reading.column in content.keys or reading.column.partition(".")[0] in content.keys)
+    )
 
 
 def _kinds(files: Sequence[Path], found: _Found) -> str:

@@ -295,6 +295,8 @@ def divided_plan(config: TokenizeConfig, source: Source, tokenizer: Tokenizer | 
     are seen are told. tokenizer: whose EOS is one of the marks; None for one that is still to be trained."""
     texts = [unit for unit in source.units if unit.format == "text"]
     if not texts:
+        if config.separator is not None:
+            progress.warn(f"--separator {config.separator} divides files of text, and there are none.")
         return make_plan(config, source)
     eos = tokenizer.eos if tokenizer is not None else EOS
     for note in _marks_told(config, texts, eos):

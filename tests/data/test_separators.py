@@ -259,6 +259,13 @@ def test_marks_that_are_seen_are_said_and_leave_the_text_alone(tmp_path: Path, t
             assert str(tmp_path / "a.txt") in marked[0]
 
 
+def test_a_separator_without_a_text_file_is_said(tmp_path: Path) -> None:
+    notes = Notes()
+    lines = corpora.write_jsonl(tmp_path / "a.jsonl", STORIES)
+    assert tokenize(config(lines), tmp_path / "set", progress=notes).n_docs == 40
+    assert "--separator auto divides files of text, and there are none." in notes.said
+
+
 def test_a_separator_that_is_nowhere_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("eins\n\nzwei")
     notes = Notes()

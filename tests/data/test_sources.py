@@ -171,6 +171,19 @@ def test_known_names_keep_a_folder_as_it_was(tmp_path: Path) -> None:
     assert len(resolve(None, [str(tmp_path)], reading=Reading("jsonl")).units) == 2
 
 
+def test_a_format_takes_what_fits_it_or_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text"')
+    (tmp_path / "lines.dat").write_bytes(LINES)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "page.html").write_bytes(b"<html>")
+    for form, names in (
+        ("jsonl", ["broken.jsonl", "lines.dat"]),
+        ("text", ["broken.jsonl", "latin.txt", "lines.dat", "page.html"]),
+    ):
+        units = resolve(None, [str(tmp_path)], reading=Reading(form)).units  # type: ignore[arg-type]
+        assert [Path(unit.path).name for unit in units] == names
+
+
 # ---------------------------------------------------------------------------------------- links
 
 
