@@ -358,7 +358,7 @@ def validate_foreign(path: Path, level: str, report: Report, progress: Progress)
     entry.n_shards = len(found.files)
     report.sets.append(entry)
     for fault in found.faults:
-        report.add(fault.code, fault.where, fault.message)
+        report.add(fault.code, fault.where, fault.message, fault.repair)
     if not found.files:
         if not found.faults:
             report.add("V200", path, "no manifest.json and no token data that is known")

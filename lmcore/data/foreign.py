@@ -63,6 +63,7 @@ _SUFFIXES = (".npy", ".bin", ".ds", *_TABLES, *_TENSORS)
 _GROUP = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)")
 
 
+_BLANK = b"\t\n\f\r"
 _MAY_BE_IDS = re.compile("UTF-|one JSON|a JSON|an HTML|an XML|a table")  # bytes of ids can be any text
 
 
@@ -159,7 +160,7 @@ def recognise(path: Path, width: int | None = None, column: str | None = None) -
     found: list[ForeignFile] = []
     for name in names:
         try:
-            found.append(_open_tensor(name, tensors[name]) if name in tensors else _open(name, column))
+            found.append(_open_tensor(name, tensors[name]) if name in tensors else _open(name, column, width))
         except Unreadable as error:
             result.faults.append(_fault(path, name, error))
         except OSError as error:
@@ -222,7 +223,7 @@ def _natural(path: Path) -> list[tuple[int, Any]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def _open(path: Path, column: str | None) -> ForeignFile:
+def _open(path: Path, column: str | None, width: int | None) -> ForeignFile:
     if not path.is_file():
         raise Unreadable("V205", "not a regular file")
     with open(path, "rb") as file:
@@ -246,6 +247,10 @@ def _open(path: Path, column: str | None) -> ForeignFile:
     if content.compression or (content.kind and not content.is_carried and not _MAY_BE_IDS.match(content.kind)):
         what = f"{content.compression} data" if content.compression else content.kind
         raise Unreadable("V204", f"{what}, not token ids")
+    is_text = size >= 8 and not any(byte < 32 and byte not in _BLANK for byte in head)
+    if width is None and content.kind and is_text and not content.kind.startswith("UTF-"):
+        advice = "" if content.is_markup else f"; make tokens of it: lm tokenize {quoted(path)}"
+        raise Unreadable("V200", f"text, not token ids{advice}")
     notes = []
     if path.suffix == ".npy":
         notes.append(Finding("V202", str(path), "no NPY header; read as plain little-endian ids"))

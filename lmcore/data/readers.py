@@ -163,7 +163,8 @@ def _as_error(units: Sequence[Unit], bad: BadRecord, base: int) -> LmError:
     elif unit.separators:
         where += f": document {base + bad.row + 1}"
     hint = "Mend it, or count such records and go on: --on-bad-doc skip"
-    if unit.format == "jsonl" and not Path(unit.path).suffix.lower().endswith("l"):
+    name = Path(unit.path).name.lower()
+    if unit.format == "jsonl" and (name.startswith("stdin.") or not name.endswith((".jsonl", ".ndjson"))):
         hint += ". If it is no JSON: --format text"
     if bad.reason == Drop.BAD_UTF8:
         hint = "Convert it to UTF-8, or go on: --on-bad-doc skip (drop it) or repair (replace the bytes by U+FFFD)"

@@ -277,7 +277,17 @@ def test_a_table_of_ids_becomes_a_set(tmp_path: Path) -> None:
         ("a.npy", b"SQLite format 3\0" + bytes(200)),
     ],
 )
-def test_other_files_are_not_read_as_headerless_ids(tmp_path: Path, name: str, raw: bytes) -> None:
+def test_other_files_are_not_read_as_headerless_ids_whatever_their_width(tmp_path: Path, name: str, raw: bytes) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(LmError, match="not token ids"):
         adopt(tmp_path / name, tmp_path / "set", width=2)
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"text": "eins"}\n', b"eins, zwei und drei\n", b"<html>\n<p>eins\n", b"id,text\n1,eins\n"]
+)
+def test_text_is_not_read_as_headerless_ids(tmp_path: Path, raw: bytes) -> None:
+    for name in ("a", "a.bin", "a.csv"):
+        (tmp_path / name).write_bytes(raw + b" " * (len(raw) % 2))
+        with pytest.raises(LmError, match="text, not token ids"):
+            adopt(tmp_path / name, tmp_path / "set")

@@ -188,7 +188,7 @@ def test_damage_takes_little_memory(tmp_path: Path) -> None:
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
     )
     here = Path(__file__).parent
-    command = [sys.executable, "-c", program, str(tmp_path), str(here), str(here.parents[1])]
+    command = [sys.executable, "-c", program, str(tmp_path), *map(str, (here, here.parent, here.parents[1]))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < MOST_BYTES
