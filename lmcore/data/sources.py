@@ -418,9 +418,9 @@ _AS_TEXT = "To read it as plain text, as it is: --format text"
 _EXTRACT = "Take its text out first, into JSON lines or parquet with one document per record"
 
 
-def _kind_of(path: Path, content: Content, reading: Reading) -> tuple[Format, str]:
+def _kind_of(path: Path, content: Content, reading: Reading, url: str = "") -> tuple[Format, str]:
     """(format, compression) of a file: by its content, then by its name; refused by name where neither tells."""
-    where, ending = shown(path), _bare_ending(path)
+    where, ending = url or shown(path), _bare_ending(path)
     named = ENDINGS.get(ending)
     compression = content.compression
     if not compression and not content.kind and (said := COMPRESSIONS.get(path.suffix.lower())):
@@ -520,7 +520,7 @@ def format_of_name(name: str) -> tuple[Format, str] | None:
 def remote_kind(name: str, head: bytes, reading: Reading) -> tuple[Format, str]:
     """(format, compression) of a file elsewhere whose name does not say it, by its first bytes."""
     content = content_of(head, whole=len(head) < HEAD_BYTES, column=reading.column)
-    return _kind_of(Path(name.split("?")[0]), content, reading)
+    return _kind_of(Path(name.split("?")[0]), content, reading, name)
 
 
 def kind_of_stream(head: bytes, reading: Reading) -> tuple[Format, str]:
