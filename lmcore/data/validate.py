@@ -43,7 +43,7 @@ from lmcore.data.manifest import (
 from lmcore.data.shard import DOCUMENT, HEADER_BYTES, ShardFile, npy_header
 from lmcore.data.split import document_hashes, first_pieces, piece_ends, split_command
 from lmcore.data.statistics import ROW, Statistics, statistics
-from lmcore.errors import LmError
+from lmcore.errors import LmError, quoted
 from lmcore.progress import SILENT, Progress
 
 Level = Literal["quick", "default", "deep"]
@@ -607,7 +607,7 @@ def _views(path: Path, parent: Manifest, report: Report | None) -> list[tuple[Pa
             continue
         result.append((folder, found))
         if report is not None and found.split.get("parent") != parent.dataset_id:
-            report.add("V063", folder, "made from another state of the set", f"lm split {path} --replace")
+            report.add("V063", folder, "made from another state of the set", f"lm split {quoted(path)} --replace")
         if report is not None and found.kind == "view":
             _check_view_files(folder, found, parent, report)
     return result
@@ -644,7 +644,7 @@ def _check_view_files(folder: Path, view: Manifest, parent: Manifest, report: Re
                         "V014",
                         folder / name,
                         "leads to other content than listed",
-                        f"lm split {folder.parent} --replace",
+                        f"lm split {quoted(folder.parent)} --replace",
                     )
     finally:
         os.close(here)
@@ -672,7 +672,7 @@ def _check_siblings(path: Path, report: Report) -> None:
 def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manifest]], report: Report) -> None:
     if not views:
         return
-    again = f"lm split {path} --replace"
+    again = f"lm split {quoted(path)} --replace"
     number_of = {entry.sha256: number for number, entry in reversed([*enumerate(parent.shards)])}
     rows: list[tuple[int, int, int, int]] = []
     linked = [(k, folder, view) for k, (folder, view) in enumerate(views) if view.kind == "view"]
@@ -696,7 +696,7 @@ def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manife
             "V060",
             path,
             f"{a} and {b} both hold tokens of {name} from {table[k + 1, 1]:,} on",
-            f"lm split {path} --replace",
+            f"lm split {quoted(path)} --replace",
         )
     covered = int((table[:, 2] - table[:, 1]).sum())
     if len(linked) == len(views) > 1 and not clash.any() and covered < parent.n_tokens:
@@ -723,5 +723,5 @@ def _check_common_documents(path: Path, parent: Manifest, views: list[tuple[Path
                     "V064" if cut else "V062",
                     path,
                     f"{views[a][0].name} and {views[b][0].name} have {common:,} documents in common",
-                    f"lm split {path} --by document --replace",
+                    f"lm split {quoted(path)} --by document --replace",
                 )
