@@ -23,6 +23,10 @@ from pydantic._internal._model_construction import ModelMetaclass
 from lmcore.errors import Exit, LmError, from_os_error
 
 
+class SettingError(LmError, ValueError):
+    """Values that a configuration does not take. A ValueError too, so that pydantic reports one inside of another."""
+
+
 class _Readable(ModelMetaclass):
     """`ModelConfig(d_model=-1)` in Python is answered as a file or a flag is: by an LmError that names the setting."""
 
@@ -293,7 +297,7 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str | None = None)
         raise _readable(model, error, source) from None
 
 
-def _readable(model: type[BaseModel], error: ValidationError, source: str | None = None) -> LmError:
+def _readable(model: type[BaseModel], error: ValidationError, source: str | None = None) -> SettingError:
     """One sentence per fault, with the line when `source` is a file."""
     lines = _line_numbers(source) if source and Path(source).is_file() else {}
     sentences = []
@@ -305,7 +309,7 @@ def _readable(model: type[BaseModel], error: ValidationError, source: str | None
         sentences.append(prefix + _sentence(model, location, item))
     if len(items) > _MOST_ERRORS:
         sentences.append(f"... and {len(items) - _MOST_ERRORS} more.")
-    return LmError("\n".join(sentences), code=Exit.USAGE)
+    return SettingError("\n".join(sentences), code=Exit.USAGE)
 
 
 def same_name(given: str, names: Iterable[str]) -> str | None:

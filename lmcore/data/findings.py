@@ -51,7 +51,7 @@ def explain(code: str) -> str:
 
 
 _RETOKENIZE = "Run lm validate SET --repair, or the same lm tokenize command again in a new directory."
-_REVIEW = "Run lm split --replace on the set: views are made anew, no token is copied."
+_REVIEW = "Run lm split SET --replace: views are made anew, no token is copied."
 
 CODES: dict[str, Code] = {
     "V001": Code(
