@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import shlex
 
 
 class Exit(enum.IntEnum):
@@ -43,6 +44,11 @@ class LmError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as it can be pasted into a shell: for the commands that hints advise."""
+    return shlex.quote(os.fspath(path))
 
 
 _FULL = {

@@ -6,6 +6,7 @@ library passes none and hears nothing, or collects the notes itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 
@@ -40,6 +41,19 @@ class Silent:
     def note(self, message: str) -> None: ...
 
     def warn(self, message: str) -> None: ...
+
+
+class Notes(Silent):
+    """Keeps what is said for whoever wants to tell it later."""
+
+    def __init__(self, said: Iterable[str] = ()) -> None:
+        self.said = list(said)
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
 
 
 SILENT = Silent()

@@ -27,7 +27,15 @@ def command(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Bytes per id (2 or 4) of headerless files; looked up when not given.",
+            help="Bytes per id (1, 2, 4 or 8) of headerless files; looked up, or asked for, when not given.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of parquet and Arrow files with lists of ids; input_ids, or the only one.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),
@@ -48,7 +56,7 @@ def command(
     json: ui.Json = False,
     quiet: ui.Quiet = False,
 ) -> None:
-    """Adopt token data: folders of .npy or .pt arrays, nanoGPT and llm.c .bin, Megatron .bin/.idx, datatrove .ds.
+    """Adopt token data: .npy or .pt arrays, nanoGPT and llm.c .bin, Megatron .bin/.idx, datatrove .ds, columns of ids.
 
     Files that already are what a shard looks like are linked; others are converted once. With --tokenizer the documents
     are found by EOS, so that the set can be split by document. Files named train and val become two sets.
@@ -63,6 +71,7 @@ def command(
 
     from lmcore.data.adopt import adopt
     from lmcore.data.tokenizer import Tokenizer
+    from lmcore.errors import quoted
 
     with ui.progress(quiet or json) as progress:
         reports = adopt(
@@ -70,6 +79,7 @@ def command(
             out,
             tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             width=width,
+            column=column,
             seq_len=seq_len,
             copy=copy,
             progress=progress,
@@ -88,4 +98,4 @@ def command(
     for report in reports:
         for warning in report.warnings:
             ui.say(f"note: {report.path}: {warning}")
-    ui.emit(f"Next: lm validate {reports[0].path}")
+    ui.emit(f"Next: lm validate {quoted(reports[0].path)}")

@@ -11,7 +11,7 @@ import typer
 from . import ui
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lmcore.inference.generate import Completion
     from lmcore.inference.sampling import SamplingConfig
@@ -46,7 +46,7 @@ def command(
         typer.Option(
             "--file",
             "-f",
-            help="File with a prompt (- is stdin). A .jsonl file has one per line: text, or an object with 'prompt'.",
+            help="File with a prompt (- is stdin). JSON lines hold one per line: a text, or an object with 'prompt'.",
             rich_help_panel=PROMPT,
         ),
     ] = None,
@@ -181,7 +181,7 @@ def command(
     prompts = _prompts(prompt or [], file or [])
     ask = interactive or (not prompts and sys.stdin.isatty())
     if not prompts and not ask:
-        prompts = [_without_last_newline(_read("-"))]
+        prompts = _prompts([], ["-"])
     path = checkpoint or checkpoints.find_run(runs)
     loaded = _load(path, device, precision, quiet)
     if speculate and not loaded.model.mtp:
@@ -205,42 +205,71 @@ def command(
 
 def _prompts(given: Sequence[str], files: Sequence[str]) -> list[str]:
     """All prompts, those of --prompt first."""
-    import json
-
     from lmcore.errors import Exit, LmError
 
     prompts = list(given)
     for name in files:
-        text = _read(name)
-        if not name.endswith(".jsonl"):
-            prompts.append(_without_last_newline(text))
+        raw = _read(name)
+        if not _holds_lines(name, raw):
+            prompts.append(_without_last_newline(_text(name, raw)))
             continue
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise LmError(f"{name}:{number}: not valid JSON ({error}).", code=Exit.DATA) from error
-            value = value.get("prompt") if isinstance(value, dict) else value
-            if not isinstance(value, str):
-                raise LmError(f"{name}:{number}: expected a text or an object with 'prompt'.", code=Exit.DATA)
-            prompts.append(value)
+        for number, value in _lines(name, raw):
+            text = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(text, str):
+                raise LmError(
+                    f"{name}:{number}: expected a text or an object with 'prompt'.",
+                    hint="A text that is JSON itself is given with --prompt, or in a file whose name ends in .txt.",
+                    code=Exit.DATA,
+                )
+            prompts.append(text)
     return prompts
 
 
-def _read(name: str) -> str:
+def _holds_lines(name: str, raw: bytes) -> bool:
+    """Whether a file holds JSON lines: its name says so, or says nothing and its content does."""
+    from lmcore.data.content import HEAD_BYTES, JSONL, content_of
+    from lmcore.data.sources import format_of_name
+    from lmcore.errors import Exit, LmError
+
+    content = content_of(raw[:HEAD_BYTES], whole=len(raw) <= HEAD_BYTES)
+    if content.kind.startswith("UTF-"):
+        raise LmError(f"{name}: {content.kind}; prompts must be UTF-8.", code=Exit.DATA)
+    named = format_of_name(name)
+    return named[0] == "jsonl" if named is not None else content.kind == JSONL
+
+
+def _lines(name: str, raw: bytes) -> Iterator[tuple[int, Any]]:
+    from lmcore.data import json_lines
+    from lmcore.data.readers import json_records
+    from lmcore.errors import Exit, LmError
+
+    if name != "-":
+        yield from json_records(name)
+        return
+    try:
+        yield from json_lines.records([raw])
+    except json_lines.BadLine as error:
+        raise LmError(f"{name}:{error}.", code=Exit.DATA) from None
+
+
+def _read(name: str) -> bytes:
     import sys
 
-    from lmcore.errors import Exit, LmError, from_os_error
+    from lmcore.errors import from_os_error
 
     try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LmError(f"{name}: not UTF-8 text (byte {error.start}).", code=Exit.DATA) from error
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise from_os_error(error, name, "read") from error
+
+
+def _text(name: str, raw: bytes) -> str:
+    from lmcore.errors import Exit, LmError
+
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise LmError(f"{name}: not UTF-8 text (byte {error.start}).", code=Exit.DATA) from error
 
 
 def _without_last_newline(text: str) -> str:
@@ -324,13 +353,13 @@ def _as_json(
         {
             "checkpoint": str(loaded.path),
             "sampling": config.model_dump(mode="json"),
-            "texts": [_text(text, prompts, loaded) for text in texts],
+            "texts": [_as_record(text, prompts, loaded) for text in texts],
             "tokens_per_second": round(sum(len(text.tokens) for text in texts) / max(seconds, 1e-9), 1),
         }
     )
 
 
-def _text(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict[str, Any]:
+def _as_record(text: Completion, prompts: Sequence[str], loaded: LoadedModel) -> dict[str, Any]:
     document: dict[str, Any] = {
         "prompt": prompts[text.prompt],
         "sample": text.sample,

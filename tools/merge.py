@@ -18,6 +18,7 @@ def command(
         typer.Option("--out", "-o", help="Directory of the merged set.", show_default="the common name of the parts"),
     ] = None,
     json: ui.Json = False,
+    quiet: ui.Quiet = False,
 ) -> None:
     """Join the parts that `lm tokenize --part I/N` made. The tokens stay where they are; the set holds links to them.
 
@@ -28,6 +29,7 @@ def command(
         lm merge shards/corpus-part-*
     """
     from lmcore.data.merge import merge
+    from lmcore.errors import quoted
 
     target = out or parts[0].with_name(re.sub(r"-part-\d+-of-\d+$", "", parts[0].name) or "merged")
     if target.resolve() in {part.resolve() for part in parts}:
@@ -52,4 +54,5 @@ def command(
         ("dataset_id", manifest.dataset_id),
     ]
     ui.table(("merged set", str(target)), rows)
-    ui.say(f"Next: lm validate {target}, then lm split {target}")
+    if not quiet:
+        ui.say(f"Next: lm validate {quoted(target)}, then lm split {quoted(target)}")

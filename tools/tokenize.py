@@ -29,6 +29,14 @@ class Executor(StrEnum):
     ray = "ray"
 
 
+class FileFormat(StrEnum):
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    arrow = "arrow"
+
+
 class OnBad(StrEnum):
     stop = "stop"
     skip = "skip"
@@ -38,7 +46,9 @@ class OnBad(StrEnum):
 def command(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(help="Files, folders, globs or URLs: .txt .md .py .jsonl .parquet (.gz .zst); - is stdin."),
+        typer.Argument(
+            help="Files, folders, globs or URLs: .txt .md .py .jsonl .parquet .arrow (.gz .zst); - is stdin."
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -48,8 +58,29 @@ def command(
         ),
     ] = None,
     text_column: Annotated[
-        str, typer.Option(help="Column of parquet files and key of JSONL lines with the text.", rich_help_panel=SOURCE)
+        str,
+        typer.Option(
+            help="Column of parquet files and key of JSONL lines with the text; a.b leads into a struct.",
+            rich_help_panel=SOURCE,
+        ),
     ] = "text",
+    format: Annotated[
+        FileFormat,
+        typer.Option(
+            help="What the files are; auto looks into them, then at their names, and refuses what neither tells.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = FileFormat.auto,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Where text files fall into documents: auto (lines of <|endoftext|>, </s>, the EOS of the "
+            "tokenizer or a form feed), or a text such as '\\n\\n\\n'. Default: each file is one document.",
+            rich_help_panel=SOURCE,
+            show_default=False,
+        ),
+    ] = None,
     on_bad_doc: Annotated[
         OnBad,
         typer.Option(
@@ -127,6 +158,8 @@ def command(
         lm tokenize --dataset fineweb-edu:sample-10BT --tokenizer gpt2 --max-tokens 1B
 
         zcat pages.jsonl.gz | lm tokenize - --out shards/pages
+
+        lm tokenize stories.txt --separator auto --tokenizer gpt2
     """
     import sys
 
@@ -148,6 +181,8 @@ def command(
             "dataset": dataset,
             "paths": tuple(paths or ()),
             "text_column": text_column,
+            "format": format.value,
+            "separator": separator,
             "tokenizer": tokenizer,
             "seq_len": seq_len,
             "shard_tokens": shard_tokens,
@@ -198,6 +233,8 @@ def command(
                 ui.die_by_signal(interrupted.number)
                 return
     if dry_run:
+        for note in told.notes:
+            ui.say(f"note: {note}")
         if json:
             ui.emit_json(told.to_json())
         else:
@@ -231,7 +268,9 @@ def _default_out(config: TokenizeConfig) -> Path:
         name = "stdin"
     else:
         name = re.split(r"[*?\[]", config.paths[0])[0].rstrip("/").rsplit("/", 1)[-1]
-        name = re.sub(r"(\.(jsonl|ndjson|parquet|txt|text|md|rst|py|gz|zst))+$", "", name)
+        name = re.sub(
+            r"(\.(jsonl|ndjson|json|parquet|arrow|txt|text|md|rst|py|gz|zst))+$", "", name, flags=re.IGNORECASE
+        )
         name = name or Path(config.paths[0]).expanduser().absolute().parent.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "corpus"
     suffix = f"-part-{config.part:03d}-of-{config.parts:03d}" if config.parts else ""
@@ -246,6 +285,7 @@ def _command_line() -> str:
 
 
 def _show(report: TokenizeReport) -> None:
+    from lmcore.errors import quoted
     from lmcore.storage import format_bytes
 
     if report.already_finished:
@@ -266,7 +306,8 @@ def _show(report: TokenizeReport) -> None:
         rows.append(("time", f"{report.seconds:.1f} s ({speed:.1f} MB/s)"))
     rows.append(("dataset_id", report.dataset_id))
     ui.table(("shard set", str(report.path)), rows)
-    ui.say(f"Next: lm validate {report.path}, then lm split {report.path}")
+    then = f", then lm split {quoted(report.path)}" if report.n_docs > 1 else ""
+    ui.say(f"Next: lm validate {quoted(report.path)}{then}")
 
 
 def _show_forecast(forecast: Forecast) -> None:

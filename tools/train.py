@@ -482,6 +482,9 @@ def _document(result: RunResult) -> dict[str, Any]:
 
 
 def _tell(result: RunResult) -> None:
+    from lmcore.errors import quoted
+    from lmcore.training.rundir import TOKENIZER
+
     found = result.validation
     quality = f"validation loss {found['loss']:.3f}" if found else ""
     if found.get("bits_per_byte") is not None:
@@ -499,11 +502,15 @@ def _tell(result: RunResult) -> None:
                 f"seen {share.epochs:.2f} times"
             )
         ui.emit("next:")
-        ui.emit(f"  lm eval {result.run_dir}")
-        ui.emit(f'  lm generate --checkpoint {result.run_dir} --prompt "def main"')
+        run = quoted(result.run_dir)
+        ui.emit(f"  lm eval {run}" + ("" if found else " --data PATH"))
+        if (Path(result.run_dir) / TOKENIZER).is_file():
+            ui.emit(f'  lm generate --checkpoint {run} --prompt "def main"')
+        else:
+            ui.emit("  (no text can be generated: the data came without a tokenizer)")
         return
     ui.emit(f"stopped at step {result.step:,} of {result.total_steps:,}, saved in {result.save_s:.1f} s")
-    ui.emit(f"go on with: lm train --resume {result.run_dir}")
+    ui.emit(f"go on with: lm train --resume {quoted(result.run_dir)}")
 
 
 def ui_duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from lmcore.data.foreign import Foreign, ForeignFile
 from lmcore.data.manifest import MANIFEST, TOKENIZER, Manifest, ShardEntry, created_by, make_manifest
 from lmcore.data.rewrite import LENGTHS, index_records, write_shards
 from lmcore.data.shard import HEADER_BYTES, MAX_SEQ_LEN, npy_chunks, npy_header, shard_name, token_dtype
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -61,29 +61,33 @@ def adopt(
     *,
     tokenizer: Tokenizer | None = None,
     width: int | None = None,
+    column: str | None = None,
     seq_len: int | None = None,
     copy: bool = False,
     progress: Progress = SILENT,
 ) -> list[AdoptReport]:
     """Make a shard set `out` of foreign data; several sets `out/train`, `out/val` when the file names say so.
 
-    tokenizer: the one that made the ids, if it is known. width: 2 or 4 bytes per id of headerless files. seq_len: row
-    length of converted shards (default: the data's own, else 2,048). copy: convert even where a link would do.
+    tokenizer: the one that made the ids, if it is known. width: 1, 2, 4 or 8 bytes per id of headerless files. column:
+    the one with the ids in parquet and Arrow files (default: input_ids and other usual names, or the only one).
+    seq_len: row length of converted shards (default: the data's own, else 2,048). copy: convert where a link would do.
     Raises LmError (65) for data that is not sound, (73) when `out` holds something already.
     """
     path, out = Path(path), Path(out)
     if not path.exists():
         raise LmError(f"{path}: no such file or directory.")
     if (path / MANIFEST).exists():
-        raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {path}")
-    if width not in (None, 2, 4):
-        raise LmError(f"width={width}: ids have 2 or 4 bytes.")
-    found = other.recognise(path, width)
+        raise LmError(f"{path}: this is a shard set already.", hint=f"Check it with: lm validate {quoted(path)}")
+    if width not in (None, 1, 2, 4, 8):
+        raise LmError(f"width={width}: ids have 1, 2, 4 or 8 bytes.")
+    found = other.recognise(path, width, column)
     other.require_readable(found)
-    return [
+    reports = [
         _adopt_group(found, files, out / name if name else out, tokenizer, seq_len, copy, progress)
         for name, files in found.groups().items()
     ]
+    reports[0].warnings += [remark + "." for remark in found.remarks]
+    return reports
 
 
 def _adopt_group(
@@ -301,7 +305,7 @@ def _documents(
         runs_on = by_eos and unit + 1 < len(files) and array[-1] != eos_id
         part = np.zeros(len(lengths) - runs_on, LENGTHS)
         part["length"], part["unit"] = lengths[: len(part)] + unended, unit
-        part["row"] = np.arange(len(part))
+        part["row"] = np.arange(len(part)) if by_eos or file.rows is None else file.rows
         stop = 0
         for k, length in enumerate(lengths.tolist()):
             start, stop = stop, stop + length
@@ -354,7 +358,7 @@ def validate_foreign(path: Path, level: str, report: Report, progress: Progress)
     entry.n_shards = len(found.files)
     report.sets.append(entry)
     for fault in found.faults:
-        report.add(fault.code, fault.where, fault.message)
+        report.add(fault.code, fault.where, fault.message, fault.repair)
     if not found.files:
         if not found.faults:
             report.add("V200", path, "no manifest.json and no token data that is known")
@@ -381,7 +385,12 @@ def validate_foreign(path: Path, level: str, report: Report, progress: Progress)
         _smells(found, report)
     how = "linked, no byte copied" if _linkable(found.files) else "converted"
     report.findings.append(
-        Finding("V201", str(path), f"{found.kinds} data, would be {how}", f"lm import {path} --out shards/NAME")
+        Finding(
+            "V201",
+            str(path),
+            "; ".join([f"{found.kinds} data, would be {how}", *found.remarks]),
+            f"lm import {quoted(path)} --out shards/NAME",
+        )
     )
 
 

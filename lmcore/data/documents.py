@@ -138,7 +138,7 @@ def check_size(name: str, size: int) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise LmError(
             f"{name}: one document of {size:,} bytes; the limit is {MAX_DOCUMENT_BYTES:,}.",
-            hint="Cut it into several documents (a .jsonl file with one per line).",
+            hint="Cut it into several documents: a .jsonl file with one per line, or a text file and --separator.",
             code=Exit.DATA,
         )
 

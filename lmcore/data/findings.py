@@ -50,7 +50,7 @@ def explain(code: str) -> str:
     return f"{code.upper()} ({entry.severity}): {entry.title}\n{entry.explanation}"
 
 
-_RETOKENIZE = "Run lm validate --repair, or the same lm tokenize command again in a new directory."
+_RETOKENIZE = "Run lm validate SET --repair, or the same lm tokenize command again in a new directory."
 _REVIEW = "Run lm split on the set again: views are made anew, no token is copied."
 
 CODES: dict[str, Code] = {
@@ -284,5 +284,11 @@ CODES: dict[str, Code] = {
         "error",
         "a pickle",
         "The file can only be read by running code that is inside it; it is not opened. Save plain arrays or tensors.",
+    ),
+    "V207": Code(
+        "error",
+        "the width of the ids is not clear",
+        "A headerless file does not say how many bytes an id has, and what it holds can be read in more than one way. "
+        "Say it: lm import PATH --out DIR --width 2",
     ),
 }

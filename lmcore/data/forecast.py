@@ -15,11 +15,13 @@ from typing import Any
 
 from lmcore.data.documents import filter_lengths
 from lmcore.data.encoder import Backend, open_encoder
-from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes, make_plan
+from lmcore.data.plan import Plan, TokenizeConfig, estimated_bytes
 from lmcore.data.readers import check_columns, parquet_metadata, read
 from lmcore.data.sources import resolve
+from lmcore.data.tokenization import divided_plan, known_tokenizer
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
+from lmcore.progress import Notes
 
 _SAMPLE_BYTES = 4_000_000
 _TYPICAL_COMPRESSION = 3.0  # where a sample cannot tell how much of a compressed file it is
@@ -41,6 +43,8 @@ class Forecast:
     seconds: float
     workers: int
     backend: str
+    notes: tuple[str, ...] = ()
+    """What is left out or was seen, as the tokenization would say it."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,9 +54,12 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     """Estimate a tokenization without writing anything. Raises what `tokenize` would raise about its source."""
     if config.paths == ("-",):
         raise LmError("--dry-run: standard input can be read only once.", hint="Save it to a file first.")
-    plan = make_plan(config, resolve(config.dataset, config.paths))
+    source = resolve(config.dataset, config.paths, reading=config.reading)
+    told = Notes(source.notes)
+    check_columns(source.units, config.text_column)
+    known = known_tokenizer(config)
+    plan = divided_plan(config, source, known, told)
     units = plan.own_units
-    check_columns(units, config.text_column)
     sample = []
     size = records = 0
     began = time.monotonic()
@@ -77,9 +84,8 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
     if not sample:
         raise LmError("No text to tokenize: every record is dropped or empty.", code=Exit.DATA)
     reading = time.monotonic() - began
-    kind, _, number = config.tokenizer.partition(":")
     texts = (b.text(k)[:100_000].decode("utf-8", "ignore") for b in sample for k in range(len(b)))
-    tokenizer = Tokenizer.train(texts, int(number)) if kind == "train" else Tokenizer.load(config.tokenizer)
+    tokenizer = known or Tokenizer.train(texts, int(config.tokenizer.partition(":")[2]))
     stage = open_encoder(tokenizer, backend, sample[0])
     began = time.monotonic()
     tokens = sum(len(stage(batch).ids) for batch in sample)
@@ -110,6 +116,7 @@ def forecast(config: TokenizeConfig, out: str | Path, *, workers: int, backend: 
         seconds=round(scale * share * max(reading, encoding / workers) + 1.0, 1),
         workers=workers,
         backend=stage.record.name,
+        notes=tuple(told.said),
     )
 
 
@@ -128,7 +135,7 @@ def _count_records(plan: Plan) -> int | None:
     """The exact number of records when files on this machine tell it."""
     total = 0
     for unit in plan.own_units:
-        if unit.format in ("text", "python"):
+        if unit.format in ("text", "python") and not unit.separators:
             total += 1
         elif unit.format == "parquet" and not unit.is_remote:
             total += parquet_metadata(unit).num_rows

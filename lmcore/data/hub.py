@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
+from lmcore.data.content import HEAD_BYTES
 from lmcore.data.http_file import http_size, open_http
 from lmcore.data.registry import DatasetName, parse_dataset
-from lmcore.data.sources import Source, Unit, format_of_name
+from lmcore.data.sources import AUTO, Format, Reading, Source, Unit, format_of_name, remote_kind
 from lmcore.errors import Exit, LmError
 
 CONVERTED = "refs/convert/parquet"
@@ -243,11 +244,11 @@ def iterate_rows(url: str, column: str, *, skip: int = 0) -> Iterator[Any]:
 # ---------------------------------------------------------------------------------------- URLs
 
 
-def list_url(url: str) -> list[Unit]:
-    """Units behind a URL: one file, and where the file system knows them (not on the web) a glob or a folder. hf:// is
-    pinned to a commit."""
+def list_url(url: str, notes: list[str], reading: Reading = AUTO) -> list[Unit]:
+    """Units behind a URL: one file, and where the file system knows them (not on the web) a glob or a folder, of which
+    `notes` gets what is left out. hf:// is pinned to a commit."""
     if url.startswith(_WEB):
-        return [_web_unit(url)]
+        return [_web_unit(url, reading)]
     if url.startswith("hf://"):
         preflight()
         url = _pinned(url)
@@ -258,10 +259,13 @@ def list_url(url: str) -> list[Unit]:
         if any(mark in path for mark in "*?["):
             found = system.glob(path)
         elif system.isdir(path):
-            found = [p for p in system.find(path) if format_of_name(p) is not None]
+            inside = system.find(path)
+            found = [p for p in inside if format_of_name(p) is not None]
+            if len(found) < len(inside):
+                notes.append(f"{url}: {len(inside) - len(found)} files of other kinds are left out.")
         else:
             found = [path]
-        units = [_remote_unit(system, str(p)) for p in sorted(found)]
+        units = [_remote_unit(system, str(p), reading) for p in sorted(found)]
     except ImportError as error:
         raise LmError(f"{url}: this kind of URL needs another package ({error}).", hint=_extra(url)) from error
     except LmError:
@@ -276,23 +280,29 @@ def list_url(url: str) -> list[Unit]:
     return units
 
 
-def _remote_unit(system: Any, path: str) -> Unit:
-    kind = format_of_name(path)
-    if kind is None:
-        raise LmError(f"{path}: the kind of this file is not known by its ending.")
+def _remote_unit(system: Any, path: str, reading: Reading) -> Unit:
+    url = system.unstrip_protocol(path)
+    form, compression = _remote_kind(url, reading)
     size = system.info(path).get("size")
-    return Unit(system.unstrip_protocol(path), kind[0], -1 if size is None else int(size), kind[1])
+    return Unit(url, form, -1 if size is None else int(size), compression)
 
 
-def _web_unit(url: str) -> Unit:
-    kind = format_of_name(url)
-    if kind is None:
-        raise LmError(f"{url}: the kind of this file is not known by its ending.", hint="URLs name single files.")
+def _web_unit(url: str, reading: Reading) -> Unit:
     try:
-        return Unit(url, kind[0], http_size(url, PREFLIGHT_S), kind[1])
+        form, compression = _remote_kind(url, reading)
+        return Unit(url, form, http_size(url, PREFLIGHT_S), compression)
     except OSError as error:
         reason = getattr(error, "reason", None) or error
         raise LmError(f"{url}: cannot be reached ({reason}).", hint=_hint(url), code=Exit.IO) from error
+
+
+def _remote_kind(url: str, reading: Reading) -> tuple[Format, str]:
+    """(format, compression): by the name where it says both, else by the first bytes."""
+    named = format_of_name(url)
+    if named is not None and reading.format in ("auto", named[0]):
+        return named
+    with open_url(url) as file:
+        return remote_kind(url, file.read(HEAD_BYTES), reading)
 
 
 def _pinned(url: str) -> str:

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from lmcore import storage
 from lmcore.config import Config
 from lmcore.data.shard import MAX_SEQ_LEN
-from lmcore.errors import Exit, LmError
+from lmcore.errors import Exit, LmError, quoted
 
 FORMAT = "lmshards/1"
 MANIFEST = "manifest.json"
@@ -237,6 +237,6 @@ def _missing(directory: Path) -> LmError:
         )
     return LmError(
         f"{directory}: no manifest.json here, so this is not a shard set.",
-        hint="Adopt a folder of .npy files with: lm import PATH",
+        hint=f"Adopt a folder of .npy files with: lm import {quoted(directory)} --out shards/NAME",
         code=Exit.DATA,
     )

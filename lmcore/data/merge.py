@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, ShardEntry, make_manifest, read_manifest
-from lmcore.data.plan import Plan, read_plan
+from lmcore.data.plan import Plan, different, read_plan
 from lmcore.data.readers import Place
 from lmcore.data.sources import total_size
 from lmcore.data.tokenization import created_by
@@ -82,19 +82,18 @@ def _in_order(plans: dict[Path, Plan]) -> list[Path]:
         shown = ", ".join(f"{number}/{total}" for number in missing[:5])
         raise LmError(
             f"{len(missing)} of {total} parts are missing ({shown}).",
-            hint=f"Make them: lm tokenize ... --part {shown.split(',')[0]}",
+            hint=f"Make them with the options of the others: lm tokenize PATH --part {missing[0]}/{total}",
         )
     return [by_number[number] for number in range(1, total + 1)]
 
 
 def _refuse_different(paths: Sequence[Path], plans: Sequence[Plan], manifests: Sequence[Manifest]) -> None:
-    first, reference = plans[0], plans[0].request.model_dump(exclude={"part"})
+    first = plans[0]
     for path, plan, manifest in zip(paths, plans, manifests, strict=True):
-        request = plan.request.model_dump(exclude={"part"})
-        changed = sorted(key for key in request if request[key] != reference[key])
+        changed = sorted({*different(first.request, plan.request)} - {"part"})
         if changed:
             raise LmError(f"{path}: made with other options than {paths[0]} ({', '.join(changed)}).")
-        if plan.units != first.units or plan.source != first.source:
+        if plan.units != first.units:
             raise LmError(f"{path}: its plan names other files than that of {paths[0]}.", code=Exit.DATA)
         if manifest.tokenizer != manifests[0].tokenizer:
             raise LmError(f"{path}: made with another tokenizer than {paths[0]}.", code=Exit.DATA)

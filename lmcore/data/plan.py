@@ -8,8 +8,9 @@ has its tokenizer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,11 @@ from pydantic import Field, model_validator
 
 from lmcore import storage
 from lmcore.config import Config, Count
-from lmcore.data.manifest import PLAN
+from lmcore.data.manifest import PLAN, TOKENIZER
 from lmcore.data.readers import Place, pieces, rows_before
+from lmcore.data.separators import parse as parse_separator
 from lmcore.data.shard import MAX_SEQ_LEN, MIN_SEQ_LEN
-from lmcore.data.sources import Source, Unit, total_size
+from lmcore.data.sources import FormatChoice, Reading, Source, Unit, shown, total_size
 from lmcore.errors import Exit, LmError
 
 PLAN_FORMAT = "lmshards-plan/1"
@@ -36,7 +38,11 @@ class TokenizeConfig(Config):
     paths: tuple[str, ...] = ()
     """Files, folders, globs, URLs, or - for standard input."""
     text_column: str = "text"
-    """Column of parquet files and key of JSONL lines that holds the text."""
+    """Column of parquet files and key of JSONL lines that holds the text; a dotted name leads into a struct."""
+    format: FormatChoice = "auto"
+    """What the files are; auto: by their content and their names."""
+    separator: str | None = None
+    """Where text files fall into documents (separators.py): auto, or a text; None: each is one document."""
     tokenizer: str = "train:8192"
     """train:N, byte, a tokenizer.json (or its folder), or the name of a model on the Hub."""
     seq_len: int = Field(default=2048, ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)
@@ -65,6 +71,8 @@ class TokenizeConfig(Config):
 
     @model_validator(mode="after")
     def _whole(self) -> TokenizeConfig:
+        if self.separator is not None:
+            parse_separator(self.separator)
         if (self.dataset is None) == (not self.paths):
             raise ValueError("name either files or a dataset: lm tokenize PATH..., or lm tokenize --dataset NAME")
         if self.paths.count("-") and len(self.paths) > 1:
@@ -81,6 +89,11 @@ class TokenizeConfig(Config):
                 "nothing of the documents of the others"
             )
         return self
+
+    @property
+    def reading(self) -> Reading:
+        """How files are to be read."""
+        return Reading(self.format, self.text_column)
 
     @property
     def rows_per_shard(self) -> int:
@@ -125,9 +138,12 @@ class Plan:
         } | {key: number for key, number in inside.items() if number}
 
 
-def make_plan(request: TokenizeConfig, source: Source) -> Plan:
-    """Order the units (shuffled by a seed if asked) and cut out this part. The tokenizer is filled in later."""
+def make_plan(request: TokenizeConfig, source: Source, marks: tuple[str, ...] = ()) -> Plan:
+    """Order the units (shuffled by a seed if asked) and cut out this part. marks: where text files fall into documents
+    (separators.py). The tokenizer is filled in later."""
     units = order_units(source.units, request.shuffle_units)
+    if marks:
+        units = tuple(replace(unit, separators=marks) if unit.format == "text" else unit for unit in units)
     start, stop = part_range(units, request.part, request.parts)
     return Plan(request, source.description, units, "", "", start, stop)
 
@@ -187,26 +203,35 @@ def read_plan(directory: str | Path) -> Plan:
         if raw["format"] != PLAN_FORMAT:
             found = repr(raw["format"])[:60]
             raise LmError(f"{path}: the format is {found}; this version reads {PLAN_FORMAT}.", code=Exit.DATA)
-        return Plan(
+        plan = Plan(
             request=TokenizeConfig.model_validate(raw["request"]),
             source=dict(raw["source"]),
             units=tuple(Unit.from_json(unit) for unit in raw["units"]),
             tokenizer_name=str(raw["tokenizer_name"]),
             tokenizer_sha256=str(raw["tokenizer_sha256"]),
-            start=Place(int(raw["first_unit"]), int(raw.get("first_piece", 0)), int(raw.get("first_row", 0))),
-            stop=Place(int(raw["stop_unit"]), int(raw.get("stop_piece", 0)), int(raw.get("stop_row", 0))),
+            start=_place(raw, "first"),
+            stop=_place(raw, "stop"),
         )
+        last = len(plan.units)
+        if not plan.start.unit <= plan.stop.unit <= last or (plan.stop.piece and plan.stop.unit == last):
+            raise ValueError(f"units {plan.start.unit} to {plan.stop.unit} of {last}")
+        return plan
     except (KeyError, TypeError, ValueError) as error:
         raise LmError(f"{path}: not a plan of lm tokenize ({error!r:.80}).", code=Exit.DATA) from None
+
+
+def _place(raw: dict[str, Any], name: str) -> Place:
+    numbers = (raw[f"{name}_unit"], raw.get(f"{name}_piece", 0), raw.get(f"{name}_row", 0))
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError(f"{name}: {numbers!r:.60}")
+    return Place(*numbers)
 
 
 def refuse_other_request(directory: Path, old: TokenizeConfig, new: TokenizeConfig) -> None:
     """Raise LmError (2) with the differences when the set was begun with other options."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     changes = [
-        f"{_flag(key)}: {_value(before[key])} in the set, {_value(after[key])} now"
-        for key in before
-        if before[key] != after[key]
+        f"{_flag(key)}: {_value(before[key])} in the set, {_value(after[key])} now" for key in different(old, new)
     ]
     if changes:
         raise LmError(
@@ -215,13 +240,32 @@ def refuse_other_request(directory: Path, old: TokenizeConfig, new: TokenizeConf
         )
 
 
+def different(old: TokenizeConfig, new: TokenizeConfig) -> list[str]:
+    """Options that ask for different things. Spellings of one path (txt, txt/, ./txt) ask for the same."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [key for key in before if _meant(key, before[key]) != _meant(key, after[key])]
+
+
+def _meant(key: str, value: Any) -> Any:
+    if key == "paths":
+        return [path if path == "-" or "://" in path else _absolute(path) for path in value]
+    if key == "tokenizer" and os.path.exists(os.path.expanduser(value)):
+        path = _absolute(value)
+        return os.path.join(path, TOKENIZER) if os.path.isdir(path) else path
+    return value
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def refuse_changed_units(directory: Path, old: Sequence[Unit], new: Sequence[Unit]) -> None:
     """Raise LmError (65) when the files behind a local source are no longer those of the plan."""
-    before, after = {unit.path: unit for unit in old}, {unit.path: unit for unit in new}
+    before, after = ({unit.path: (unit.size, unit.fingerprint) for unit in units} for units in (old, new))
     changes = [
-        *(f"+{path}" for path in after if path not in before),
-        *(f"-{path}" for path in before if path not in after),
-        *(f"~{path}" for path in before if path in after and before[path] != after[path]),
+        *(f"+{shown(path)}" for path in after if path not in before),
+        *(f"-{shown(path)}" for path in before if path not in after),
+        *(f"~{shown(path)}" for path in before if path in after and before[path] != after[path]),
     ]
     if changes:
         more = f" and {len(changes) - 3:,} more" if len(changes) > 3 else ""

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmcore import storage
 from lmcore.data import shard as shards
 from lmcore.data.manifest import PLAN, Manifest
+from lmcore.data.sources import shown
 from lmcore.data.split import first_pieces, piece_ends
 from lmcore.data.stream import TokenStream
 from lmcore.errors import Exit, LmError
@@ -135,7 +135,7 @@ class Locator:
         directory = shards.open_directory(self.path)
         try:
             found = {
-                number: shards.read_documents(directory, entry, parent=self.manifest.kind == "view")
+                number: shards.sound_documents(directory, entry, parent=self.manifest.kind == "view")
                 for number, entry in enumerate(self.manifest.shards)
             }
         finally:
@@ -145,11 +145,11 @@ class Locator:
     @functools.cached_property
     def sources(self) -> list[str]:
         """Name of each unit of the plan, in order; empty when there is no plan."""
+        from lmcore.data.plan import read_plan
+
         for folder in (self.path, self.path.resolve().parent):
             if (folder / PLAN).is_file():
-                plan = storage.read_json(folder / PLAN, limit=2 << 30)
-                units = plan.get("units", []) if isinstance(plan, dict) else []
-                return [_unit_name(unit) for unit in units]
+                return [shown(unit.path) for unit in read_plan(folder).units]
         files = self.manifest.source.get("files")  # adopted data has no plan
         return [str(file) for file in files] if isinstance(files, list) else []
 
@@ -225,11 +225,3 @@ class Locator:
 def content_hash(text: bytes) -> int:
     """blake2b with 8 bytes of digest over the raw UTF-8 text, as a little-endian number."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _unit_name(unit: Any) -> str:
-    if isinstance(unit, dict):
-        for key in ("name", "path", "file", "url"):
-            if isinstance(unit.get(key), str):
-                return str(unit[key])
-    return str(unit)

@@ -3,26 +3,31 @@
 Every unit falls into pieces: the places where reading can start again, and what one thread reads at a time.
 
     text, python       one piece; small files are read together
+    text with marks    about 8 MiB of documents, one after the other; small files are read together, too
     jsonl              the lines that begin in one 8 MiB range of the file
     jsonl.gz, .zst     about 8 MiB of decompressed lines, one after the other (a stream has no middle)
     parquet            a row group
+    arrow              a record batch
     rows               4,096 rows
 
 JSONL is parsed by Arrow where it can be (no Python object per line); a block that Arrow refuses, or in which it does
-not see one object with a text on every line, is parsed again line by line, which is also what finds the line to
-complain about. Decompressed sizes are bounded: a bomb is refused by name.
+not see one object with a text on every line, is parsed again line by line (json_lines.py), which is also what finds the
+line to complain about: both give the same documents. Decompressed sizes are bounded: a bomb is refused by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import itertools
 import json
 import time
 import tokenize
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -31,9 +36,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import zstandard
 
+from lmcore.data import columns, json_lines, separators
 from lmcore.data.documents import BadRecord, Documents, DocumentsBuilder, Drop, check_size
 from lmcore.data.pipeline import read_ahead
-from lmcore.data.sources import Unit, broken_parquet, check_schema, open_unit, shown
+from lmcore.data.sources import Reading, Unit, broken_parquet, local_unit, open_unit, shown
 from lmcore.data.tokenizer import repair
 from lmcore.errors import Exit, LmError, from_os_error
 
@@ -94,17 +100,36 @@ def read(
 
 
 def check_columns(units: Sequence[Unit], text_column: str) -> None:
-    """Refuse (2) parquet files without this text column before anything is written. On this machine all files are
-    looked at, elsewhere the first."""
-    parquet = [unit for unit in units if unit.format == "parquet"]
-    local = [unit for unit in parquet if not unit.is_remote]
-    for unit in local or parquet[:1]:
-        check_schema(unit.path, parquet_metadata(unit).schema.to_arrow_schema(), text_column)
+    """Refuse (2) parquet and Arrow files without this text column before anything is written. On this machine all files
+    are looked at, elsewhere the first."""
+    tables = [unit for unit in units if unit.format in ("parquet", "arrow")]
+    local = [unit for unit in tables if not unit.is_remote]
+    for unit in local or tables[:1]:
+        if unit.format == "parquet":
+            _check_parquet(unit, parquet_metadata(unit), text_column)
+        else:
+            for _ in itertools.islice(_arrow_batches(unit, text_column), 1):
+                pass
+
+
+def json_records(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, value) of every line of a file of JSON lines, compressed or not. Raises LmError."""
+    unit = local_unit(Path(path), Reading(format="jsonl"))
+    with open_unit(unit) as file:
+        chunks = _decompressed(unit, file) if unit.compression else iter(lambda: file.read(1 << 20), b"")
+        try:
+            yield from json_lines.records(_line_blocks(unit, chunks))
+        except json_lines.BadLine as error:
+            raise LmError(f"{shown(path)}:{error}.", code=Exit.DATA) from None
+        except OSError as error:
+            raise from_os_error(error, shown(path), "read") from error
 
 
 def read_document(units: Sequence[Unit], text_column: str, unit: int, row: int) -> bytes | None:
     """The text of one record, None when it holds none: provenance for people. Reads from the start of the unit's
     piece where the format allows it, from the start of the unit elsewhere."""
+    if not 0 <= unit < len(units):
+        raise LmError(f"there is no file number {unit:,} in the plan, which has {len(units):,}.", code=Exit.DATA)
     start, stop = _piece_with(units[unit], unit, row), Place(unit + 1)
     for batch in read(units, text_column, start=start, stop=stop, on_bad="skip"):
         found = np.flatnonzero((batch.units == unit) & (batch.rows == row))
@@ -133,9 +158,14 @@ def _as_error(units: Sequence[Unit], bad: BadRecord, base: int) -> LmError:
     where = shown(unit.path)
     if unit.format == "jsonl":
         where += f":{base + bad.row + 1}"
-    elif unit.format in ("parquet", "rows"):
+    elif unit.format in ("parquet", "arrow", "rows"):
         where += f": row {base + bad.row}"
+    elif unit.separators:
+        where += f": document {base + bad.row + 1}"
     hint = "Mend it, or count such records and go on: --on-bad-doc skip"
+    name = Path(unit.path).name.lower()
+    if unit.format == "jsonl" and (name.startswith("stdin.") or not name.endswith((".jsonl", ".ndjson"))):
+        hint += ". If it is no JSON: --format text"
     if bad.reason == Drop.BAD_UTF8:
         hint = "Convert it to UTF-8, or go on: --on-bad-doc skip (drop it) or repair (replace the bytes by U+FFFD)"
     return LmError(f"{where}: {bad.message}.", hint=hint, code=Exit.DATA)
@@ -186,7 +216,8 @@ def _tasks(
     group_bytes = 0
     for number in range(start.unit, stop.unit + (stop.piece > 0)):
         unit = units[number]
-        if unit.format in ("text", "python"):
+        is_whole = unit.format in ("text", "python") and not _is_streamed(unit)
+        if is_whole:
             group.append(number)
             group_bytes += max(unit.size, 0)
             if len(group) < _GROUP_FILES and group_bytes < _GROUP_BYTES:
@@ -194,13 +225,18 @@ def _tasks(
         if group:
             yield _task(units, group[0], functools.partial(_read_texts, units, tuple(group), on_bad))
             group, group_bytes = [], 0
-        if unit.format not in ("text", "python"):
+        if not is_whole:
             first = start.piece if number == start.unit else 0
             last = stop.piece if number == stop.unit else None
             for make in _piece_tasks(units, number, first, last, column, on_bad):
                 yield _task(units, number, make)
     if group:
         yield _task(units, group[0], functools.partial(_read_texts, units, tuple(group), on_bad))
+
+
+def _is_streamed(unit: Unit) -> bool:
+    """Whether a text file with marks is read in pieces: a small one is read whole, together with its neighbours."""
+    return bool(unit.separators) and (bool(unit.compression) or not 0 <= unit.size <= _GROUP_BYTES)
 
 
 def _task(units: Sequence[Unit], number: int, make: Task) -> Task:
@@ -216,7 +252,7 @@ def _piece_tasks(
         yield functools.partial(_read_whole_parquet, unit, number, first, last, column, on_bad)
     elif unit.format == "parquet":
         metadata = parquet_metadata(unit)
-        check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
+        _check_parquet(unit, metadata, column)
         for piece in range(first, metadata.num_row_groups if last is None else last):
             yield functools.partial(_read_row_group, unit, number, piece, metadata, column, on_bad)
     elif unit.format == "jsonl" and not unit.compression and unit.size >= 0:
@@ -224,6 +260,10 @@ def _piece_tasks(
             yield functools.partial(_read_range, unit, number, piece, column, on_bad)
     elif unit.format == "jsonl":
         yield functools.partial(_read_stream, unit, number, first, column, on_bad)
+    elif unit.format == "arrow":
+        yield functools.partial(_read_arrow, unit, number, first, column, on_bad)
+    elif unit.format == "text":
+        yield functools.partial(_read_divided, unit, number, first, on_bad)
     else:
         yield functools.partial(_read_rows, unit, number, first, column, on_bad)
 
@@ -271,18 +311,56 @@ def _read_texts(units: Sequence[Unit], numbers: Sequence[int], on_bad: OnBad) ->
         with open_unit(unit) as file:
             raw = _read_all(unit, file)
         builder.unit = number
-        text = _text_of(unit, number, raw, on_bad, builder)
-        if text is not None:
+        if unit.separators:
+            texts = separators.split([raw], unit.separators, shown(unit.path))
+            owners += [number] * _add_divided(texts, builder, on_bad, first_row=0)
+        elif (text := _text_of(unit, raw, on_bad, builder)) is not None:
             builder.add(0, text)
             owners.append(number)
-    builder.unit = numbers[0]
+    builder.unit, builder.n_records = numbers[0], 0
     batch = builder.build()
     batch.units[:] = owners
     yield batch
 
 
-def _text_of(unit: Unit, number: int, raw: bytes, on_bad: OnBad, builder: DocumentsBuilder) -> bytes | None:
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
+def _add_divided(texts: Iterator[bytes], builder: DocumentsBuilder, on_bad: OnBad, *, first_row: int) -> int:
+    """Add what stands between the marks of a file; returns how many documents came of it. What is empty is none, but it
+    has a number."""
+    before = len(builder.texts)
+    for row, raw in enumerate(texts, first_row):
+        builder.n_records += 1
+        raw = raw.removeprefix(json_lines.BOM)
+        if raw and (text := _valid(raw, row, row, on_bad, builder)) is not None:
+            builder.add(row, text)
+    return len(builder.texts) - before
+
+
+def _read_divided(unit: Unit, number: int, first: int, on_bad: OnBad) -> Iterator[Documents]:
+    """The documents between the marks of a large text file, from piece `first` on. A piece ends behind the document
+    that brings it to BLOCK_BYTES."""
+    with open_unit(unit) as file:
+        try:
+            chunks = _decompressed(unit, file) if unit.compression else iter(lambda: file.read(1 << 20), b"")
+            texts = separators.split(chunks, unit.separators, shown(unit.path))
+            for piece in itertools.count():
+                taken, size = [], 0
+                for text in texts:
+                    taken.append(text)
+                    size += len(text)
+                    if size >= BLOCK_BYTES:
+                        break
+                if not taken:
+                    return
+                if piece >= first:
+                    builder = DocumentsBuilder(number, piece)
+                    _add_divided(iter(taken), builder, on_bad, first_row=0)
+                    yield builder.build()
+        except OSError as error:
+            raise _read_error(unit, error) from error
+
+
+def _text_of(unit: Unit, raw: bytes, on_bad: OnBad, builder: DocumentsBuilder) -> bytes | None:
+    raw = raw.removeprefix(json_lines.BOM)
     if unit.format == "python":
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
@@ -328,6 +406,20 @@ def _read_all(unit: Unit, file: BinaryIO) -> bytes:
         check_size(shown(unit.path), total)
         parts.append(part)
     return b"".join(parts)
+
+
+def beginning(unit: Unit, size: int) -> tuple[bytes, bool]:
+    """(at most the first `size` bytes of a text file, decompressed; whether that is all). Raises LmError."""
+    with open_unit(unit) as file:
+        held = b""
+        try:
+            for chunk in _decompressed(unit, file) if unit.compression else iter(lambda: file.read(size + 1), b""):
+                held += chunk
+                if len(held) > size:
+                    return held[:size], False
+        except OSError as error:
+            raise _read_error(unit, error) from error
+    return held, True
 
 
 # ---------------------------------------------------------------------------------------- decompression
@@ -463,58 +555,62 @@ def _parse_block(unit: Unit, number: int, piece: int, block: bytes, column: str,
         yield _from_arrow(fast, number, piece, 0)
         return
     builder = DocumentsBuilder(number, piece)
-    for row, line in enumerate(_lines(block)):
+    for row, line in enumerate(json_lines.lines_of(block)):
         builder.n_records += 1
-        if not line.strip():
+        if json_lines.is_blank(line):
             continue  # a blank line is no record, but it has a number
-        reason, message = Drop.BAD_JSON, ""
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            if on_bad != "repair":
-                reason, message = Drop.BAD_UTF8, f"not UTF-8 text (byte {error.start:,} of the line)"
-            else:
-                builder.repaired += 1
-                text = line.decode("utf-8", "replace")
+        reason, message, text = _text_in_line(line, column, on_bad, builder)
         if not message:
-            reason, message, value = _text_in_json(text, column)
-            if not message:
-                builder.add(row, value)
-                continue
+            builder.add(row, text)
+            continue
         if on_bad != "skip":
             raise BadRecord(number, row, reason, message)
         builder.drop(row, reason)
     yield builder.build()
 
 
-def _lines(block: bytes) -> list[bytes]:
-    lines = block.split(b"\n")  # not splitlines: a line may hold \r, \v or U+2028
-    return lines[:-1] if lines[-1] == b"" else lines
-
-
-def _text_in_json(line: str, column: str) -> tuple[Drop, str, bytes]:
+def _text_in_line(line: bytes, column: str, on_bad: OnBad, builder: DocumentsBuilder) -> tuple[Drop, str, bytes]:
     """(reason, complaint, text): the complaint is empty when the text is there."""
     try:
-        value = json.loads(line)
+        try:
+            value = json_lines.parse_line(line)
+        except json_lines.BadLine as error:
+            if error.is_text or on_bad != "repair":
+                raise
+            value = json_lines.parse_line(line, errors="replace")
+            builder.repaired += 1
+    except json_lines.BadLine as error:
+        return Drop.BAD_JSON if error.is_text else Drop.BAD_UTF8, str(error), b""
     except RecursionError:
+        fast = _parse_by_arrow(line.strip().removeprefix(json_lines.BOM), column)  # it has no limit of depth
+        if fast is not None:
+            return Drop.BAD_JSON, "", fast[0].as_py().encode()
         return Drop.BAD_JSON, "not valid JSON (nested too deeply)", b""
-    except ValueError as error:
-        return Drop.BAD_JSON, f"not valid JSON ({error})", b""
     if not isinstance(value, dict):
         return Drop.BAD_JSON, f"an object is expected, not a {type(value).__name__}", b""
     text = value.get(column)
+    if column not in value and "." in column:
+        text = _nested(value, column.split("."))
     if isinstance(text, str):
         return Drop.BAD_JSON, "", repair(text).encode()
     if column in value:
         return Drop.NO_TEXT, f"'{column}' is {json.dumps(text)[:40]}, not text", b""
     texts = [key for key, item in value.items() if isinstance(item, str)]
-    more = f" (--text-column {texts[0]}?)" if texts else ""
-    return Drop.NO_TEXT, f"no '{column}' here; it has {', '.join(map(str, value)) or 'nothing'}{more}", b""
+    more = f" (--text-column {columns.listed(texts[:1])}?)" if texts else ""
+    return Drop.NO_TEXT, f"no '{column}' here; it has {columns.listed(value)}{more}", b""
+
+
+def _nested(value: Any, path: list[str]) -> Any:
+    """What a dotted name leads to, None where it leads nowhere."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _parse_by_arrow(block: bytes, column: str) -> Any | None:
     """The text column of a block of JSON lines as an Arrow array, or None when it is not plain to see that every line
     is one object with a text."""
+    block = block.removeprefix(json_lines.BOM)
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
     # Between two closed objects stands a line end and nothing else: then no object spans lines, and no line is blank.
     if not block.startswith(b"{") or block.count(b"}\n{") + block.count(b"}\r\n{") != lines - 1:
@@ -533,9 +629,16 @@ def _parse_by_arrow(block: bytes, column: str) -> Any | None:
         if len(array) != lines or array.null_count:
             return None
         array.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IndexError):
+        _whole_block_is_utf8(block)
+    except (pa.ArrowException, IndexError):
         return None
     return array
+
+
+def _whole_block_is_utf8(block: bytes) -> None:
+    """Raise ArrowInvalid where not: Arrow looks only at the column that it was asked for."""
+    offsets = np.array([0, len(block)], np.int64)
+    pa.Array.from_buffers(pa.large_string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(block)]).validate(full=True)
 
 
 # ---------------------------------------------------------------------------------------- parquet
@@ -558,6 +661,17 @@ def parquet_metadata(unit: Unit) -> Any:
     raise AssertionError("unreachable")
 
 
+def _check_parquet(unit: Unit, metadata: Any, column: str) -> None:
+    columns.check_schema(shown(unit.path), _parquet_schema(unit, metadata), column)
+
+
+def _parquet_schema(unit: Unit, metadata: Any) -> Any:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise broken_parquet(unit, error) from error
+
+
 def _open_parquet(unit: Unit) -> Any:
     """A file for Arrow: read by Arrow itself where it is on this machine, outside the interpreter lock."""
     file = open_unit(unit)
@@ -572,7 +686,7 @@ def _read_whole_parquet(
 ) -> Iterator[Documents]:
     """Row groups first .. last-1: a small remote file, whose footer is fetched on the reading thread, too."""
     metadata = parquet_metadata(unit)
-    check_schema(unit.path, metadata.schema.to_arrow_schema(), column)
+    _check_parquet(unit, metadata, column)
     for piece in range(first, metadata.num_row_groups if last is None else last):
         yield from _read_row_group(unit, number, piece, metadata, column, on_bad)
 
@@ -590,21 +704,95 @@ def _read_row_group(
             for batch in parquet.iter_batches(
                 row_groups=[piece], columns=[column], batch_size=rows_at_once, use_threads=False
             ):
-                for array in _plain(batch.column(0)):
-                    yield _documents_of(array, number, piece, row, column, on_bad)
-                    row += len(array)
-    except (pa.ArrowInvalid, OSError) as error:
+                yield _documents_of(columns.texts(batch, column), number, piece, row, column, on_bad)
+                row += len(batch)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         if unit.is_remote:
             raise  # tried again
         raise broken_parquet(unit, error) from error
 
 
-def _plain(array: Any) -> list[Any]:
-    """Any kind of text column as arrays of text or of bytes, offsets of 32 or 64 bits."""
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    plain = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-    return [array if array.type in plain else array.cast(pa.large_string())]
+# ---------------------------------------------------------------------------------------- arrow
+
+
+def schema_of(unit: Unit) -> Any:
+    """The Arrow schema of a parquet or Arrow file."""
+    if unit.format == "parquet":
+        return _parquet_schema(unit, parquet_metadata(unit))
+    with _reading_arrow(unit), _open_parquet(unit) as file:
+        is_file = file.read(8) == b"ARROW1\0\0"
+        file.seek(0)
+        return (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).schema
+
+
+def batches_of(unit: Unit, column: str) -> Iterator[Any]:
+    """Record batches with a column, whatever its type, of a parquet or Arrow file on this machine."""
+    if unit.format == "arrow":
+        yield from _arrow_batches(unit, column, check=False)
+        return
+    metadata = parquet_metadata(unit)
+    try:
+        with _open_parquet(unit) as file:
+            yield from pq.ParquetFile(file, metadata=metadata).iter_batches(columns=[column], use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise broken_parquet(unit, error) from error
+
+
+@contextlib.contextmanager
+def _reading_arrow(unit: Unit) -> Iterator[None]:
+    """What Arrow raises about a file becomes one sentence; what a network breaks is tried again."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        if unit.is_remote and isinstance(error, OSError):
+            raise  # tried again
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _read_error(unit, error) from error
+        said = " ".join(str(error).split())[:200]
+        raise LmError(f"{shown(unit.path)}: not a readable Arrow file ({said}).", code=Exit.DATA) from error
+
+
+def _arrow_batches(unit: Unit, column: str, *, check: bool = True) -> Iterator[Any]:
+    """The record batches of an Arrow file or stream, checked for the column of text; only it is read where the file
+    allows."""
+    with _reading_arrow(unit), _open_parquet(unit) as file:
+        is_file = file.read(8) == b"ARROW1\0\0"
+        file.seek(0)
+        schema = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).schema
+        if check:
+            columns.check_schema(shown(unit.path), schema, column)
+        path = columns.path_of(schema, column)
+        assert path is not None
+        wanted = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(path[0])], use_threads=False)
+        file.seek(0)
+        reader = pa.ipc.open_file(file, options=wanted) if is_file else pa.ipc.open_stream(file, options=wanted)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            _refuse_damaged(batch)
+            yield batch
+
+
+def _refuse_damaged(batch: Any) -> None:
+    """Raise ArrowInvalid for offsets or indices that lead outside; text that is no UTF-8 is the reader's business."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+
+
+def _read_arrow(unit: Unit, number: int, first: int, column: str, on_bad: OnBad) -> Iterator[Documents]:
+    for piece, batch in enumerate(_arrow_batches(unit, column)):
+        if piece < first:
+            continue
+        if not len(batch):
+            yield DocumentsBuilder(number, piece).build()
+        rows = max(1, int(BATCH_BYTES * len(batch) // max(1, batch.nbytes)))
+        for row in range(0, len(batch), rows):
+            array = columns.texts(batch.slice(row, rows), column)
+            yield _documents_of(array, number, piece, row, column, on_bad)
+
+
+# ---------------------------------------------------------------------------------------- columns of text
 
 
 def _documents_of(array: Any, unit: int, piece: int, row: int, column: str, on_bad: OnBad) -> Documents:

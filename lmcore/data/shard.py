@@ -196,6 +196,20 @@ def read_documents(directory: int, entry: ShardEntry, *, parent: bool = False) -
     return documents
 
 
+def sound_documents(directory: int, entry: ShardEntry, *, parent: bool = False) -> npt.NDArray[np.void]:
+    """`read_documents` for whoever builds on it: the records begin at 0, ascend, and stay inside of the tokens."""
+    documents = read_documents(directory, entry, parent=parent)
+    starts = documents["start"].astype(np.int64)
+    inside = len(starts) > 0 and starts[0] == 0 and starts[-1] < entry.n_tokens and bool(np.all(np.diff(starts) > 0))
+    if not inside and (len(starts) or entry.n_tokens):
+        raise LmError(
+            f"{entry.name}.docs.npy: its documents do not ascend from 0 to the {entry.n_tokens:,} tokens of the shard.",
+            hint="Find all faults with: lm validate",
+            code=Exit.DATA,
+        )
+    return documents
+
+
 def open_directory(path: str | os.PathLike[str]) -> int:
     """A descriptor of a directory, for opening listed names relative to it. The caller closes it."""
     try:

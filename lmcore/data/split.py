@@ -44,7 +44,7 @@ from lmcore.data.manifest import (
 )
 from lmcore.data.rewrite import LENGTHS, write_shards
 from lmcore.data.stream import TokenStream
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError, from_os_error, quoted
 from lmcore.progress import SILENT, Progress
 
 By = Literal["auto", "document", "shard", "rows"]
@@ -111,7 +111,9 @@ def split_set(
     path = Path(path)
     parent = read_manifest(path)
     if parent.kind == "view":
-        raise LmError(f"{path}: this is a view already.", hint=f"Split the set: lm split {path.resolve().parent}")
+        raise LmError(
+            f"{path}: this is a view already.", hint=f"Split the set: lm split {quoted(path.resolve().parent)}"
+        )
     rule = _Rule(dict(fractions or {}), dict(documents or {}), salt)
     chosen = _choose(parent, by, path)
     if chosen != "document" and rule.documents:
@@ -217,7 +219,7 @@ def indexes(path: Path, manifest: Manifest, progress: Progress) -> Iterator[tupl
     try:
         for number, entry in enumerate(manifest.shards):
             try:
-                yield number, entry, shards.read_documents(directory, entry, parent=manifest.kind == "view")
+                yield number, entry, shards.sound_documents(directory, entry, parent=manifest.kind == "view")
             except LmError as error:
                 raise LmError(f"{path}/{error.message}", hint=error.hint, code=error.code) from None
             progress.advance(1)
@@ -362,7 +364,8 @@ def _require_useful(path: Path, rule: _Rule, plan: _Plan, min_tokens: int, mater
             raise LmError(
                 f"{path}: the view {name} would hold {tokens:,} tokens ({n_docs:,} documents);"
                 f" {max(min_tokens, 1):,} are the least that is of use.",
-                hint="Hold out more (--val-fraction 0.1 or --val-docs 20), add data, or use --by rows.",
+                hint="Hold out more (--val-fraction 0.1 or --val-docs 20), add data, or use --by rows. A text file is "
+                "one document unless lm tokenize was told where it falls into several: --separator auto",
                 code=Exit.DATA,
             )
 

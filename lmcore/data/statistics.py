@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmcore.data.manifest import Manifest, read_manifest
 from lmcore.data.provenance import StreamDocuments, content_hash
 from lmcore.data.stream import TokenStream
-from lmcore.errors import LmError
+from lmcore.errors import LmError, quoted
 from lmcore.progress import Progress
 
 Add = Callable[..., None]
@@ -98,7 +98,7 @@ def statistics(
     result.advice = advice(manifest.n_tokens)
     if manifest.kind == "set" and manifest.split is None:
         split = (path / "val" / "manifest.json").is_file()
-        result.advice.append(f"next: lm train --data {path}" if split else f"next: lm split {path}")
+        result.advice.append(f"next: lm train --data {quoted(path)}" if split else f"next: lm split {quoted(path)}")
     if manifest.n_tokens <= 1024:
         add("V111", path, f"{manifest.n_tokens:,} tokens: contexts up to {manifest.n_tokens - 1:,} only")
     return result

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _MEMORY_FREE = 512 << 20  # beside what torch itself takes
 _MEMORY_PER_BYTE = 4  # a tensor, its storage, and copies of them
@@ -87,6 +87,11 @@ def _copies() -> str:
     if not _FOLDER:
         _FOLDER.append(tempfile.TemporaryDirectory(prefix="lm-tensors-"))
     return _FOLDER[0].name
+
+
+def new_copy() -> IO[bytes]:
+    """An open temporary file for ids that cannot be mapped where they are; it goes with this process."""
+    return tempfile.NamedTemporaryFile(dir=_copies(), delete=False)
 
 
 # ---------------------------------------------------------------------------------------- the child

@@ -15,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcore import storage
+from lmcore.data import separators
+from lmcore.data.content import HEAD_BYTES
 from lmcore.data.documents import Documents, filter_lengths
 from lmcore.data.encoder import Backend, Encoded, EncodingStage, open_encoder
 from lmcore.data.manifest import MANIFEST, PLAN, TOKENIZER, Manifest, make_manifest, read_manifest, write_manifest
@@ -45,10 +46,10 @@ from lmcore.data.plan import (
     refuse_other_request,
     write_plan,
 )
-from lmcore.data.readers import OnBad, Place, check_columns, read
+from lmcore.data.readers import OnBad, Place, beginning, check_columns, read
 from lmcore.data.shard import token_dtype
-from lmcore.data.sources import Source, Unit, resolve
-from lmcore.data.tokenizer import Tokenizer
+from lmcore.data.sources import Reading, Source, Unit, kind_of_stream, resolve, shown
+from lmcore.data.tokenizer import EOS, Tokenizer
 from lmcore.data.writer import Committed, SetWriter, recover
 from lmcore.errors import Exit, LmError
 from lmcore.heap import keep_freed_memory
@@ -58,6 +59,7 @@ TRAINING_BYTES = 64 << 20
 """Text that `train:N` learns from: all of a small corpus, evenly spread units of a large one."""
 _IN_FLIGHT_BYTES = 64 << 20  # text of batches that are being encoded or wait for the writer
 _SPOOL = "stdin"
+_LOOKED_AT, _LOOK_BYTES = 32, 1 << 20  # text files, and bytes of each, in which marks between documents are looked for
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def tokenize(
         return finished
     source = None
     if not (out / PLAN).exists() and config.paths != ("-",):
-        source = resolve(config.dataset, config.paths)  # fails before `out` is made
+        source = resolve(config.dataset, config.paths, reading=config.reading)  # fails before `out` is made
         check_columns(source.units, config.text_column)
     with storage.lock_directory(out, "lm tokenize"):
         finished = _finished(out, config, began)  # another process may have finished it meanwhile
@@ -228,12 +230,14 @@ def _new_plan(
         )
     storage.sweep(out)
     if source is None:
-        spool = _spool_stdin(out, config.text_column, stdin) if config.paths == ("-",) else None
-        source = resolve(config.dataset, config.paths, spool=spool)
+        spool = _spool_stdin(out, config.reading, stdin) if config.paths == ("-",) else None
+        source = resolve(config.dataset, config.paths, spool=spool, reading=config.reading)
+        check_columns(source.units, config.text_column)
     for note in source.notes:
         progress.note(note)
-    plan = make_plan(config, source)
-    tokenizer = _make_tokenizer(config, plan, workers, progress)
+    known = known_tokenizer(config)
+    plan = divided_plan(config, source, known, progress)
+    tokenizer = known or _train_tokenizer(config, plan, workers, progress)
     tokenizer.save(out / TOKENIZER)
     plan = dataclasses.replace(plan, tokenizer_name=tokenizer.name, tokenizer_sha256=tokenizer.sha256)
     write_plan(out, plan)
@@ -244,7 +248,7 @@ def freeze_plan(
     directory: Path, config: TokenizeConfig, *, workers: int = 0, progress: Progress = SILENT
 ) -> tuple[Plan, Tokenizer]:
     """Resolve the source, train or load the tokenizer, and keep both in an empty directory."""
-    source = resolve(config.dataset, config.paths)
+    source = resolve(config.dataset, config.paths, reading=config.reading)
     check_columns(source.units, config.text_column)
     return _new_plan(directory, config, source, workers or available_cores(), progress, None)
 
@@ -273,45 +277,85 @@ def _refuse_changed_source(out: Path, plan: Plan, config: TokenizeConfig) -> Non
     """Files on this machine can be compared at no cost; what lies on the Hub is pinned by its commit."""
     if config.paths and config.paths != ("-",) and not any("://" in path for path in config.paths):
         try:
-            found = resolve(None, config.paths)
+            found = resolve(None, config.paths, reading=config.reading)
         except LmError as error:
             if (out / MANIFEST).is_file():
                 return  # a finished set does not need its source any more
             raise error
-        refuse_changed_units(out, plan.units, make_plan(config, found).units)
+        refuse_changed_units(out, plan.units, found.units)
 
 
-def _spool_stdin(out: Path, column: str, stdin: Callable[[int], bytes] | None) -> Path:
-    """Copy standard input into the set: it is read twice (tokenizer, tokens) and must survive a crash. JSON lines are
-    recognised by their first line."""
+def known_tokenizer(config: TokenizeConfig) -> Tokenizer | None:
+    """The tokenizer of a request, None for one that is to be trained."""
+    return None if config.tokenizer.partition(":")[0] == "train" else Tokenizer.load(config.tokenizer)
+
+
+def divided_plan(config: TokenizeConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress) -> Plan:
+    """The plan of a source, its text files divided where `--separator` says. Without it, marks between documents that
+    are seen are told. tokenizer: whose EOS is one of the marks; None for one that is still to be trained."""
+    texts = [unit for unit in source.units if unit.format == "text"]
+    if not texts:
+        if config.separator is not None:
+            progress.warn(f"--separator {config.separator} divides files of text, and there are none.")
+        return make_plan(config, source)
+    eos = tokenizer.eos if tokenizer is not None else EOS
+    for note in _marks_told(config, texts, eos):
+        progress.warn(note)
+    return make_plan(config, source, separators.marks(config.separator, eos))
+
+
+def _marks_told(config: TokenizeConfig, texts: Sequence[Unit], eos: str) -> Iterator[str]:
+    """What to say of marks at the beginnings of text files: some, spread evenly, where there are many."""
+    local = [unit for unit in texts if not unit.is_remote]
+    looked = [local[len(local) * k // _LOOKED_AT] for k in range(_LOOKED_AT)] if len(local) > _LOOKED_AT else local
+    wanted = None if config.separator is None else separators.marks(config.separator, eos)
+    for unit in looked:
+        head, whole = beginning(unit, _LOOK_BYTES)
+        where = shown(unit.path) if whole else f"the first {len(head) / 1e6:.1f} MB of {shown(unit.path)}"
+        if wanted is not None:
+            if separators.spans(head, [separators.Mark.of(mark) for mark in wanted], 0, len(head)):
+                return
+            continue
+        for seen in separators.look(head, eos)[:1]:
+            value = separators.AUTO if seen.lines else separators.option(seen.mark)
+            name = separators.option(seen.mark).strip("'")
+            count = f"{seen.lines:,} lines that are" if seen.lines else f"{seen.anywhere:,} times"
+            yield (
+                f"{where}: holds {count} {name}, as between documents; it is read as one document. To divide it there: "
+                f"--separator {value} (when training on text: --set data.separator={value})"
+            )
+            return
+    if wanted is not None and looked:
+        yield f"{where}: no separator was seen there (--separator {config.separator}); it is read as one document."
+
+
+def _spool_stdin(out: Path, reading: Reading, stdin: Callable[[int], bytes] | None) -> Path:
+    """Copy standard input into the set: it is read twice (tokenizer, tokens) and must survive a crash. Its name says
+    what its beginning shows it to be."""
     existing = [p for p in out.iterdir() if p.name.startswith(_SPOOL + ".")]
     if existing:
         return existing[0]  # copied whole by an earlier call
     if stdin is None:
         raise LmError("-: no standard input to read.")
     head = b""
-    while b"\n" not in head and len(head) < 1 << 20 and (more := stdin(1 << 16)):
+    while len(head) <= HEAD_BYTES and (more := stdin(1 << 16)):
         head += more
-    try:
-        first = json.loads(head.split(b"\n")[0])
-        is_jsonl = isinstance(first, dict) and column in first
-    except ValueError:
-        is_jsonl = False
+    form, compression = kind_of_stream(head, reading)
 
     def chunks() -> Iterator[bytes]:
         yield head
         while more := stdin(1 << 20):
             yield more
 
-    path = out / f"{_SPOOL}.{'jsonl' if is_jsonl else 'txt'}"
+    endings = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet", "arrow": ".arrow"}
+    packed = {"gzip": ".gz", "zstd": ".zst"}
+    path = out / f"{_SPOOL}{endings[form]}{packed.get(compression, '')}"
     storage.write_file(path, chunks())
     return path
 
 
-def _make_tokenizer(config: TokenizeConfig, plan: Plan, workers: int, progress: Progress) -> Tokenizer:
-    kind, _, size = config.tokenizer.partition(":")
-    if kind != "train":
-        return Tokenizer.load(config.tokenizer)
+def _train_tokenizer(config: TokenizeConfig, plan: Plan, workers: int, progress: Progress) -> Tokenizer:
+    size = config.tokenizer.partition(":")[2]
     if not size.isdigit():
         raise LmError(f"--tokenizer {config.tokenizer}: expected train:N, such as train:8192.")
     progress.start("training the tokenizer", None, "bytes")

@@ -44,7 +44,7 @@ from lmcore.data.manifest import (
 from lmcore.data.shard import DOCUMENT, HEADER_BYTES, ShardFile, npy_header
 from lmcore.data.split import first_pieces, piece_ends
 from lmcore.data.statistics import ROW, Statistics, statistics
-from lmcore.errors import LmError
+from lmcore.errors import LmError, quoted
 from lmcore.progress import SILENT, Progress
 
 Level = Literal["quick", "default", "deep"]
@@ -608,7 +608,7 @@ def _views(path: Path, parent: Manifest, report: Report | None) -> list[tuple[Pa
             continue
         result.append((folder, found))
         if report is not None and found.split.get("parent") != parent.dataset_id:
-            report.add("V063", folder, "made from another state of the set", f"lm split {path}")
+            report.add("V063", folder, "made from another state of the set", f"lm split {quoted(path)}")
         if report is not None and found.kind == "view":
             _check_view_files(folder, found, report)
     return result
@@ -633,14 +633,18 @@ def _check_view_files(folder: Path, view: Manifest, report: Report) -> None:
                     message = error.message.partition(": ")[2]
                     gone = message.endswith(("is missing.", "leads nowhere."))
                     if of_set is not None:
-                        report.add("V010" if gone else "V016", folder / name, message, f"lm split {folder.parent}")
+                        report.add(
+                            "V010" if gone else "V016", folder / name, message, f"lm split {quoted(folder.parent)}"
+                        )
                     continue
                 if of_set is not None and of_set.key == file.key:
                     continue
                 try:
                     file.verify(sha256)
                 except LmError:
-                    report.add("V014", folder / name, "leads to other content than listed", f"lm split {folder.parent}")
+                    report.add(
+                        "V014", folder / name, "leads to other content than listed", f"lm split {quoted(folder.parent)}"
+                    )
     finally:
         os.close(here)
         os.close(above)
@@ -678,7 +682,7 @@ def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manife
             if number is None or parent.shards[number].sha256 != entry.sha256:
                 number = number_of.get(entry.sha256)
             if number is None:
-                report.add("V063", views[k][0], f"{entry.name} is not a shard of {path}", f"lm split {path}")
+                report.add("V063", views[k][0], f"{entry.name} is not a shard of {path}", f"lm split {quoted(path)}")
                 break
             rows.append((number, start, stop, k))
     table = np.array(sorted(rows), np.int64).reshape(-1, 4)
@@ -687,11 +691,14 @@ def _check_disjoint(path: Path, parent: Manifest, views: list[tuple[Path, Manife
         a, b = views[int(table[k, 3])][0].name, views[int(table[k + 1, 3])][0].name
         name = parent.shards[int(table[k, 0])].name
         report.add(
-            "V060", path, f"{a} and {b} both hold tokens of {name} from {table[k + 1, 1]:,} on", f"lm split {path}"
+            "V060",
+            path,
+            f"{a} and {b} both hold tokens of {name} from {table[k + 1, 1]:,} on",
+            f"lm split {quoted(path)}",
         )
     covered = int((table[:, 2] - table[:, 1]).sum())
     if len(linked) == len(views) > 1 and not clash.any() and covered < parent.n_tokens:
-        report.add("V061", path, f"{parent.n_tokens - covered:,} tokens are in no view", f"lm split {path}")
+        report.add("V061", path, f"{parent.n_tokens - covered:,} tokens are in no view", f"lm split {quoted(path)}")
     _check_common_documents(path, parent, views, report)
 
 
@@ -712,7 +719,7 @@ def _check_common_documents(path: Path, parent: Manifest, views: list[tuple[Path
                     "V062",
                     path,
                     f"{views[a][0].name} and {views[b][0].name} have {common:,} documents in common",
-                    f"lm split {path} --by document",
+                    f"lm split {quoted(path)} --by document",
                 )
 
 

@@ -218,7 +218,7 @@ def refuse_other_tokenizer(loaded: LoadedModel, stream: TokenStream) -> None:
         raise LmError(
             f"{loaded.path} was trained with the tokenizer {own.name} ({own.sha256[:12]}), "
             f"the data were made with {entry.name} ({entry.sha256[:12]}).",
-            hint=f"Tokenize the text again with: lm tokenize ... --tokenizer {loaded.path}/tokenizer.json",
+            hint=f"Tokenize the text again with: lm tokenize PATH --tokenizer {loaded.path}/tokenizer.json",
             code=Exit.DATA,
         )
     stream.require_vocabulary(loaded.model.config.vocab_size)

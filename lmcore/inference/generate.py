@@ -157,7 +157,7 @@ def generate(
     if loaded.tokenizer is None:
         raise LmError(
             f"{loaded.path}: this model has no tokenizer, so it cannot read or write text.",
-            hint="Its data were adopted without one: lm import ... --tokenizer PATH",
+            hint="Its data were adopted without one: lm import DATA --out DIR --tokenizer PATH",
         )
     config = config or SamplingConfig()
     tokenizer = loaded.tokenizer

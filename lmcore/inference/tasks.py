@@ -30,11 +30,9 @@ beginning (the examples of five-shot tasks) is read once, too.
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.errors import Exit, LmError
 from lmcore.inference import mmlu
 from lmcore.progress import SILENT, Progress
 
@@ -181,10 +179,11 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
     spread evenly."""
     path = _requests_file(folder)
     primary: str | None
+    lines: Iterable[tuple[int, dict[str, Any]]]
     form = name.rpartition("/")[2]
     if path is None and mmlu.is_subject(folder) and form in mmlu.FORMS:
         path, offset, primary = folder, UNCONDITIONAL, mmlu.PRIMARY[mmlu.FORMS[form][0]]
-        lines = mmlu.lines(folder, form)
+        lines = enumerate(mmlu.lines(folder, form), 1)
     elif path is not None:
         offset, primary = _configuration(folder)
         lines = _lines(path)
@@ -193,7 +192,7 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
     choices: dict[int, dict[int, Request]] = {}
     unconditional: dict[int, dict[int, Request]] = {}
     labels: dict[int, Any] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             doc_id, index = int(line["doc_id"]), int(line.get("idx", 0))
             request = line["request"]
@@ -234,19 +233,14 @@ def _requests_file(folder: Path) -> Path | None:
     return next((p for n in ("requests.jsonl.gz", "requests.jsonl") if (p := folder / n).is_file()), None)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    value = json.loads(line)
-                    if not isinstance(value, dict):
-                        raise LmError(f"{path}:{number}: an object is expected.", code=Exit.DATA)
-                    yield value
-    except OSError as error:
-        raise from_os_error(error, path, "read") from error
-    except (ValueError, EOFError) as error:
-        raise LmError(f"{path}: not lines of JSON ({error}).", code=Exit.DATA) from error
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of a file of requests."""
+    from lmcore.data.readers import json_records
+
+    for number, value in json_records(path):
+        if not isinstance(value, dict):
+            raise LmError(f"{path}:{number}: an object is expected.", code=Exit.DATA)
+        yield number, value
 
 
 def _configuration(folder: Path) -> tuple[int, str | None]:

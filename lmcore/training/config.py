@@ -61,6 +61,10 @@ class DataConfig(Config):
     """Only with `stream`, and needed there: byte, a tokenizer.json or a Hub name."""
     text_column: str = "text"
     """Only with `stream`: the column or key that holds the text."""
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow"] = "auto"
+    """Only with `stream`: what the files are, as `lm tokenize --format` says it."""
+    separator: str | None = None
+    """Only with `stream`: where text files fall into documents, as `lm tokenize --separator` says it."""
 
     @field_validator("train", mode="before")
     @classmethod

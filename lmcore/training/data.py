@@ -22,7 +22,8 @@ from lmcore.data.streaming import TextStream
 from lmcore.data.surroundings import opening_of_data
 from lmcore.data.text_bytes import TextBytes, text_bytes
 from lmcore.data.tokenizer import Tokenizer
-from lmcore.errors import Exit, LmError
+from lmcore.errors import Exit, LmError, quoted
+from lmcore.progress import Notes
 from lmcore.training.config import DataConfig, RunConfig, Source
 
 TRAIN_VIEW, VAL_VIEW = "train", "val"
@@ -60,7 +61,7 @@ def inspect(config: DataConfig) -> DataSets:
                 val.append(str(beside))
             else:
                 notes.append(
-                    f"{root} has no validation view: this run is not validated (make one with: lm split {root})"
+                    f"{root} has no validation view: this run is not validated (make one with: lm split {quoted(root)})"
                 )
     if config.val is not None:
         val = [str(Path(p) / VAL_VIEW) if (Path(p) / VAL_VIEW / MANIFEST).is_file() else p for p in config.val]
@@ -119,6 +120,8 @@ class RunData:
     n_tokens: int
     """Training tokens of all sources; 0 when they are not counted (text)."""
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """What is to be said of a text source: how it is read, what is left out."""
 
 
 def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
@@ -132,10 +135,12 @@ def open_data(config: RunConfig, sets: DataSets, run_dir: Path) -> RunData:
         tokenizer = Tokenizer.from_file(place) if place is not None else Tokenizer.load(str(data.tokenizer))
     counters = {name: text_bytes(stream, tokenizer) for name, stream in val.items()}
     if data.stream is not None:
+        notes = Notes()
+        where = run_dir / SOURCE
         text = TextStream.open(
-            _text_config(data), run_dir / SOURCE, context_length=model.context_length, seed=train.seed
+            _text_config(data), where, context_length=model.context_length, seed=train.seed, progress=notes
         )
-        return RunData(text, val, counters, (), 0, data_identity(config, sets, text.dataset_id))
+        return RunData(text, val, counters, (), 0, data_identity(config, sets, text.dataset_id), tuple(notes.said))
     streams = [(TokenStream.open(source.path, verify=data.verify), source) for source in data.train]
     for stream, _ in streams:
         stream.require_vocabulary(model.vocab_size)
@@ -161,7 +166,13 @@ def _text_config(data: DataConfig) -> TokenizeConfig:
     source = str(data.stream)
     files = source == "-" or "://" in source or any(c in source for c in "*?[") or Path(source).exists()
     where: dict[str, Any] = {"paths": (source,)} if files else {"dataset": source}
-    return TokenizeConfig(**where, tokenizer=str(data.tokenizer), text_column=data.text_column)
+    return TokenizeConfig(
+        **where,
+        tokenizer=str(data.tokenizer),
+        text_column=data.text_column,
+        format=data.format,
+        separator=data.separator,
+    )
 
 
 def data_identity(config: RunConfig, sets: DataSets, text_id: str = "") -> dict[str, Any]:

@@ -249,7 +249,7 @@ class _FirstWeights:
             raise LmError(
                 f"{self.given} was trained with {_short(theirs)}, the data were made with "
                 f"{_short(sets.tokenizer_sha256)}: the same ids would mean other text.",
-                hint=f"Use its tokenizer: lm tokenize ... --tokenizer {self.checkpoint / checkpoint.TOKENIZER}"
+                hint=f"Use its tokenizer: lm tokenize PATH --tokenizer {self.checkpoint / checkpoint.TOKENIZER}"
                 if theirs is not None
                 else "Choose a model that has a tokenizer, or data without one.",
                 code=Exit.DATA,

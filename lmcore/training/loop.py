@@ -272,7 +272,7 @@ class _Run:
                 changes=[{"setting": k, "before": b, "after": a} for k, b, a in self.launch.changes],
                 fingerprint=self._fingerprint(),
             )
-        for note in self.launch.notes:
+        for note in (*self.launch.notes, *self.data.notes):
             self.observer.note(note)
         for key, was, value in self.launch.changes:
             self.observer.note(f"changed from here on: {key} was {was}, is {value}")

@@ -232,7 +232,7 @@ def test_files_behind_urls(root: Path, hub: HubStandIn, lm: Lm, tmp_path: Path) 
         assert corpora.stream_of(tmp_path / "web").tolist() == expected_stream(root, [*TEXTS[100:130], *TEXTS[:120]])
         for url, message in {
             f"{web.endpoint}/web/none.jsonl": "no such file (404",
-            f"{web.endpoint}/web/olmo": "not known by its ending",
+            f"{web.endpoint}/web/olmo": "no such file (404",
         }.items():
             done = lm(hub, "tokenize", url, "--out", "x")
             assert (done.returncode, message in done.stderr) == (Exit.USAGE, True), done.stderr

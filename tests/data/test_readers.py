@@ -316,7 +316,7 @@ def test_a_document_is_found_again(tmp_path: Path, kind: str, monkeypatch: pytes
     [
         (["nowhere.txt"], "no such file"),
         (["*.nothing"], "no file matches"),
-        (["a.csv"], "kind of this file is not known"),
+        (["a.csv"], "this is a .csv file, which is not read here"),
         (["."], "no text here"),
     ],
 )

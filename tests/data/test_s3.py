@@ -95,7 +95,7 @@ def test_a_glob_and_cut_connections(root: Path, lm: Lm, tmp_path: Path) -> None:
         ("s3://bucket/corpus/none.jsonl", Exit.USAGE, "no such file or folder"),
         ("s3://nowhere/a.jsonl", Exit.USAGE, "no such file or folder"),
         ("s3://bucket/corpus/*.txt", Exit.USAGE, "nothing to tokenize here"),
-        ("s3://bucket/corpus/notes.html", Exit.USAGE, "not known by its ending"),
+        ("s3://bucket/corpus/notes.html", Exit.USAGE, "notes.html: this is a .html file, which is not read here"),
     ],
 )
 def test_what_is_not_there(s3: S3StandIn, lm: Lm, url: str, code: int, message: str) -> None:

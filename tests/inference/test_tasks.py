@@ -173,7 +173,7 @@ def test_the_package_is_located_and_not_imported(tmp_path: Path, monkeypatch: py
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     for content, message in [
-        ("{", "not lines of JSON"),
+        ("{", r"requests\.jsonl:1: not valid JSON"),
         ('{"doc_id": 0}', r"requests\.jsonl:1: not a request"),
         ("", "no request in it"),
     ]:
@@ -185,3 +185,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(LmError, match="document 0 has the label 7"):
         read_task("x", tmp_path)
+
+
+def test_requests_are_read_as_other_json_lines_are(tmp_path: Path) -> None:
+    """A byte-order mark, blank lines and U+2028 in a text are no faults of a task file."""
+    line = '{"doc_id": %d, "label": 0, "request": {"context": "a\u2028b", "continuation": " c"}}'
+    raw = "\ufeff" + line % 0 + "\n\n\ufeff" + line % 1 + "\r\n"
+    (tmp_path / "requests.jsonl").write_bytes(raw.encode())
+    task = read_task("t", tmp_path)
+    assert [document.choices[0].context for document in task.documents] == ["a\u2028b"] * 2

@@ -26,16 +26,17 @@ class Outcome:
 def lm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """lm("split", path, "--json") runs the command in this process and returns what a user would have seen."""
 
-    def run(*arguments: object, stdin: str = "") -> Outcome:
+    def run(*arguments: object, stdin: str | bytes = "") -> Outcome:
         from lmcore.tools.cli import main
 
+        raw = stdin.encode() if isinstance(stdin, str) else stdin
         out, err = io.StringIO(), io.StringIO()
         monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setenv("NO_COLOR", "1")
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
             try:
                 main([str(argument) for argument in arguments])
                 code = 0

@@ -167,3 +167,31 @@ def test_a_closed_pipe_is_no_error(run: Path) -> None:
     )
     assert done.stdout == "a0\n"
     assert done.stderr == ""
+
+
+PROMPTS = b'\xef\xbb\xbf\n{"prompt": "a\xe2\x80\xa8b"}\r\n\n\xef\xbb\xbf"c"\n'
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.NDJSON", "p.jsonl.gz", "p", "p.prompts", "-"])
+def test_prompts_are_lines_wherever_they_stand(tmp_path, monkeypatch, name):
+    """A mark of the editor, blank lines and U+2028 are no prompts and cut none."""
+    import gzip
+    import io
+    import sys
+
+    from lmcore.tools.generate import _prompts
+
+    monkeypatch.chdir(tmp_path)
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPTS)))
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(PROMPTS) if name.endswith("gz") else PROMPTS)
+    assert _prompts(["first"], [name]) == ["first", "a\u2028b", "c"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.md"])
+def test_a_prompt_that_is_json_is_text_where_its_name_says_so(tmp_path, name):
+    from lmcore.tools.generate import _prompts
+
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    assert _prompts([], [str(tmp_path / name)]) == ['{"a": 1}']

@@ -28,6 +28,8 @@ def test_parts_become_one_set(lm: Lm, tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads(done.out)["path"] == "shards/in"
     assert json.loads(done.out)["n_docs"] == 5
     assert "lm validate shards/in" in lm("merge", "shards/in-part-001-of-002", "shards/in-part-002-of-002").err
+    quiet = lm("merge", "-q", "shards/in-part-001-of-002", "shards/in-part-002-of-002", "--out", "shards/other")
+    assert (quiet.code, quiet.err, "merged set" in quiet.out) == (0, "", True)
     assert lm("validate", "shards/in").code == 0
     refused = lm("tokenize", "in", "--tokenizer", "byte", "--executor", "ray")
     assert (refused.code, "--part all/N" in refused.err) == (2, True)

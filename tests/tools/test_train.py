@@ -265,3 +265,18 @@ def test_the_curve_of_a_long_run_stays_small():
     assert pace.losses == sorted(pace.losses)
     assert pace.losses[0] < 10
     assert pace.losses[-1] > 4900
+
+
+def test_only_what_can_work_is_advised_after_a_run(lm, tmp_path, monkeypatch):
+    """Ids without a tokenizer give no text, and a run without validation data is evaluated on data that are named."""
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    np.save(tmp_path / "ids.npy", (np.arange(6000) % 97).astype(np.uint16))
+    assert lm("import", "ids.npy", "--out", "data").code == 0
+    done = lm("train", "my run", "--preset", "tiny.yaml", "--data", "data", "--set", "train.steps=1", "--val", "none")
+    assert done.code == 0, done.err
+    assert "lm generate" not in done.out
+    assert "lm eval 'my run' --data PATH" in done.out
+    assert lm("eval", "my run", "--data", "data", "--allow-overlap").code == 0

@@ -146,7 +146,8 @@ def require(
 def _refusal(family: str, found: Sequence[str], before: str) -> LmError:
     return LmError(
         f"{before}{family}{',' if before else ''} has no place for: {'; '.join(found)}.",
-        hint="The checkpoint itself is safetensors and JSON: lm export --format safetensors writes it as one file.",
+        hint="The checkpoint itself is safetensors and JSON: lm export RUN --out FILE --format safetensors writes it "
+        "as one file.",
     )
 
 
