@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lmcore.data.tokenizer import Tokenizer
     from lmcore.model.model import LanguageModel
     from lmcore.training.config import RunConfig
+    from lmcore.training.state import RunState
 
 FORMAT = "lmshards-checkpoint/1"
 COMMIT = "COMMIT.json"
@@ -77,6 +78,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     config: RunConfig
     state: dict[str, Any]
+    """The content of state.json, checked (state.py)."""
     path: Path
     """The checkpoint directory that was loaded."""
 
@@ -280,39 +282,39 @@ def load_model(
     from lmcore.model.model import LanguageModel
     from lmcore.training.config import read_run_config
     from lmcore.training.device import resolve_device
+    from lmcore.training.state import read_state
 
     checkpoint = resolve(path, skipped=skipped)
     config = read_run_config(checkpoint / CONFIG)
-    state = storage.read_json(checkpoint / STATE, follow_links=False)
-    if not isinstance(state, dict):
-        raise LmError(f"{checkpoint / STATE}: an object is expected.", code=Exit.DATA)
+    state = read_state(checkpoint)
     model = LanguageModel(config.model)
     load_weights(model, checkpoint / MODEL)
     tokenizer_path = checkpoint / TOKENIZER
     tokenizer = Tokenizer.from_file(tokenizer_path) if tokenizer_path.is_file() else None
-    recorded = state.get("tokenizer_sha256")
+    recorded = state.tokenizer_sha256
     if tokenizer is not None and recorded not in (None, tokenizer.sha256):
         raise LmError(
             f"{tokenizer_path}: this tokenizer ({tokenizer.sha256[:12]}) is not the one of the training "
-            f"({str(recorded)[:12]}).",
+            f"({recorded[:12]}).",
             code=Exit.DATA,
         )
+    if max(state.opening or (), default=0) >= config.model.vocab_size:
+        raise LmError(f"{checkpoint / STATE}: opening holds an id beyond the vocabulary.", code=Exit.DATA)
     if tokenizer is not None:
         tokenizer.opening = _opening(state, tokenizer)
     model.to(device=resolve_device(device), dtype=dtype)
     model.eval()
-    return LoadedModel(model, tokenizer, config, state, checkpoint)
+    return LoadedModel(model, tokenizer, config, state.to_json(), checkpoint)
 
 
-def _opening(state: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+def _opening(state: RunState, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids in front of every document in training. Runs that do not record them read documents without a BOS, imported
     models what their tokenizer puts in front."""
     from lmcore.data.surroundings import opening_of_tokenizer
 
-    recorded = state.get("opening")
-    if isinstance(recorded, list):
-        return tuple(recorded)
-    return opening_of_tokenizer(tokenizer) if "imported_from" in state else ()
+    if state.opening is not None:
+        return tuple(state.opening)
+    return opening_of_tokenizer(tokenizer) if state.imported_from is not None else ()
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
