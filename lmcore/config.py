@@ -299,6 +299,16 @@ def _readable(model: type[BaseModel], error: ValidationError, source: str | None
     return LmError("\n".join(sentences), code=Exit.USAGE)
 
 
+def require_sections(model: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> None:
+    """LmError when something else stands where a section is expected, for readers of dicts that are not built yet."""
+    for key, value in data.items():
+        inner = model.model_fields[key].annotation if key in model.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and value is not None:
+            if not isinstance(value, Mapping):
+                raise LmError(f"{prefix}{key}: a section with settings is expected (got {_brief(repr(value))}).")
+            require_sections(inner, value, f"{prefix}{key}.")
+
+
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All dotted setting names of a config model, in order."""
     names: list[str] = []

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmcore.config import build, merge
+from lmcore.config import build, merge, require_sections
 from lmcore.errors import Exit, LmError
 from lmcore.training import checkpoint
 from lmcore.training.config import (
@@ -252,6 +252,8 @@ class _FirstWeights:
 
 def _preset_for(preset: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
     """Both merged. When weights to begin with are typed, the architecture of the preset is not meant."""
+    for layer in (preset, typed):
+        require_sections(RunConfig, layer)
     if (typed.get("train") or {}).get("init_from") is not None:
         preset = {key: value for key, value in preset.items() if key != "model"}
     return merge(preset, typed)

@@ -210,6 +210,8 @@ class _Run:
 
     def _build(self) -> None:
         config, train = self.config, self.config.train
+        if self.launch.checkpoint is not None:
+            checkpoint.require_size(config.model, self.launch.checkpoint)
         self.model = LanguageModel(config.model, seed=train.seed)
         if self.sharded:
             parallel.shard_model(self.model, self.world)

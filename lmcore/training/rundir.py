@@ -149,7 +149,7 @@ class RunDirectory:
         self.close()
         raw = path.read_bytes()
         lines = raw.split(b"\n")[:-1]
-        kept = [line for line in lines if _step_of_line(line, step)]
+        kept = [line for line in lines if _is_up_to(line, step)]
         if len(kept) != len(lines) or not raw.endswith(b"\n"):
             storage.write_file(path, b"".join(line + b"\n" for line in kept))
 
@@ -198,8 +198,7 @@ def read_start(run: str | os.PathLike[str]) -> Start:
     return as_record(Start, last, f"{path}: the event 'start'")
 
 
-def _step_of_line(line: bytes, last: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= last
-    except (ValueError, KeyError, TypeError):
-        return False
+def _is_up_to(line: bytes, last: int) -> bool:
+    value = storage.json_line(line)
+    step = value.get("step") if value is not None else None
+    return isinstance(step, int) and step <= last

@@ -327,7 +327,7 @@ def targets(root: Path) -> dict[str, Target]:
                 copied(made, lambda copy: retokenize(copy, [1], workers=1, backend="tokenizers")),
                 command("inspect", made, "--token", "5000"),
                 command("info", made),
-                command("validate", made, "--level", "quick"),
+                command("validate", made),
             ),
         ),
         "plan of an unfinished set": Target(
@@ -429,8 +429,7 @@ def targets(root: Path) -> dict[str, Target]:
         "preset": Target(
             root / "preset.yaml",
             yaml,
-            (lambda: planned(root / "preset.yaml"), command("plan", root / "preset.yaml", "--device", "h100")),
-            share=0.5,
+            (lambda: planned(root / "preset.yaml"),),
         ),
         "events": Target(
             root / "begun-from" / "run.jsonl",
