@@ -3,7 +3,7 @@
 A `Target` is a file that is sound, how it is damaged, and its readers: library functions and commands, one for each
 seed in turn. `seal` makes the hashes over a file fit again, as whoever rewrites one can do, so that what lies behind a
 hash is reached too. LMSHARDS_FUZZ_SEEDS is the number of seeds for each kind (300; the slow tests take ten times as
-many); `share` lowers it where a reader takes long.
+many, fewer where a reader takes long).
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Target:
     seal: Callable[[], None] = lambda: None
     sealed: tuple[Path, ...] = ()
     """Files that `seal` rewrites."""
-    share: float = 1.0
     least: float = 0.1
     """Share of the damaged files that is refused at least."""
 
