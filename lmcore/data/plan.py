@@ -313,4 +313,5 @@ def _flag(key: str) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "not given"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

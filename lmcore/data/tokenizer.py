@@ -28,7 +28,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmcore import storage
 from lmcore.data.control_tokens import control_ids, without_control
-from lmcore.data.detokenizer import Detokenizer, Speller, byte_alphabet
+from lmcore.data.detokenizer import Detokenizer, Speller, byte_alphabet, is_byte_level
 from lmcore.data.manifest import MANIFEST, TokenizerEntry
 from lmcore.errors import Exit, LmError
 from lmcore.records import Count, Recorded, as_record, read_record
@@ -260,7 +260,7 @@ class Tokenizer:
     def _find_eos(self, vocabulary: dict[str, int], special_ids: frozenset[int], eos: str | None) -> int:
         if eos is not None:
             if eos not in vocabulary:
-                raise LmError(f"{self.name}: the vocabulary has no token {eos!r} to end a document with.")
+                raise LmError(f"{self.name}: the vocabulary has no token {eos[:80]!r} to end a document with.")
             return vocabulary[eos]
         found = _usual_eos(vocabulary)
         if found is None:
@@ -288,7 +288,12 @@ def repair(text: str) -> str:
 
 def _load(definition: bytes) -> tokenizers.Tokenizer:
     """The library's object. It leaves special tokens in a text alone, and no merge to chance."""
-    loaded = tokenizers.Tokenizer.from_str(definition.decode())
+    try:
+        loaded = tokenizers.Tokenizer.from_str(definition.decode())
+    except BaseException as error:  # the library panics at some definitions, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it fails with: {error}") from error
     loaded.encode_special_tokens = True
     if isinstance(loaded.model, models.BPE):
         loaded.model.dropout = None
@@ -347,7 +352,17 @@ class _AddedToken(Recorded):
     special: bool = False
 
 
+class _Step(Recorded):
+    """A normalizer, pre-tokenizer or decoder, or a sequence of them."""
+
+    type: str | None = None
+    normalizers: list[_Step] | None = None
+    pretokenizers: list[_Step] | None = None
+    decoders: list[_Step] | None = None
+
+
 class _Model(Recorded):
+    type: str | None = None
     vocab: dict[str, Annotated[int, Field(ge=0, lt=_MAX_VOCABULARY)]] | list[tuple[str, float]]
     merges: list[str] | list[tuple[str, str]] | None = None
     unk_token: str | None = None
@@ -363,9 +378,9 @@ class _Definition(Recorded):
 
     model: _Model
     added_tokens: list[_AddedToken] | None = None
-    normalizer: dict[str, Any] | None = None
-    pre_tokenizer: dict[str, Any] | None = None
-    decoder: dict[str, Any] | None = None
+    normalizer: _Step | None = None
+    pre_tokenizer: _Step | None = None
+    decoder: _Step | None = None
 
 
 def _require_definition(definition: Any, name: str) -> None:
@@ -389,6 +404,9 @@ def _require_definition(definition: Any, name: str) -> None:
     count = len(words) + len(added)
     if largest > 2 * count + _LARGEST_GAP:
         raise LmError(f"{name}: an id of {largest:,} among {count:,} tokens.", code=Exit.DATA)
+    unknown = record.model.unk_token
+    if unknown is not None and isinstance(words, dict) and unknown not in words and not is_byte_level(definition):
+        raise LmError(f"{name}: unknown words become {unknown[:40]!r}, which is not in the vocabulary.", code=Exit.DATA)
 
 
 def _name_of(file: Path) -> str:

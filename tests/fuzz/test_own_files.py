@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizer_zoo
 import torch
 
 from lmcore.config import dump_yaml, merge, parse_yaml
@@ -56,6 +57,7 @@ TINY: dict[str, Any] = {
         "checkpoint": {"every_steps": 2, "background": False, "space_check": False},
     },
 }
+TOKENIZERS = ("byte level, marks that are not special", "SentencePiece BPE", "Unigram with bytes", "WordPiece", "words")
 REQUEST = {"doc_id": 0, "idx": 0, "label": 1, "request": {"context": "two and two are", "continuation": " four"}}
 
 
@@ -83,6 +85,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     train_run(root / "begun-from", {"data": {"train": str(root / "set")}, "train": began})
     shutil.rmtree(root / "begun-from" / "checkpoints")
     (root / "preset.yaml").write_text(dump_yaml(merge(TINY, {"data": {"train": str(root / "set")}})))
+    for name in TOKENIZERS:
+        (root / name).mkdir()
+        tokenizer_zoo.tokenizer(name).save(root / name / "tokenizer.json")
+    (root / "words" / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "x": [1]}))
     task = root / "tasks" / "sums" / "rc"
     task.mkdir(parents=True)
     task.joinpath("requests.jsonl").write_text(
@@ -273,7 +279,16 @@ def targets(root: Path) -> dict[str, Target]:
     def sealed(name: str, damage: Any, *readers: Callable[[], Any], **settings: Any) -> Target:
         return Target(step / name, damage, readers, seal, (commit,), **settings)
 
-    return {
+    tokenizers = {
+        f"tokenizer: {name}": Target(
+            root / name / "tokenizer.json", document, (lambda name=name: used_tokenizer(root / name),)
+        )
+        for name in TOKENIZERS
+    }
+    return tokenizers | {
+        "tokenizer_config.json": Target(
+            root / "words" / "tokenizer_config.json", document, (lambda: used_tokenizer(root / "words"),)
+        ),
         "manifest of a set": Target(
             made / "manifest.json",
             document,
