@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,26 @@ def copied(folder: Path, read: Callable[[Path], Any]) -> Callable[[], Any]:
     return run
 
 
+def meant(folder: Path) -> None:
+    """A manifest that is accepted means what its bytes say."""
+    manifest, value = read_manifest(folder), json.loads((folder / "manifest.json").read_bytes())
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", shard.name) for shard in manifest.shards)
+    assert manifest.n_tokens == sum(stop - start for _, start, stop in manifest.segments)
+    assert manifest.dataset_id == value["dataset_id"]
+    read = json.loads(manifest.model_dump_json())["shards"]
+    assert [entry | said for entry, said in zip(read, value["shards"], strict=True)] == read
+
+
+def verified(step: Path) -> None:
+    commit = checkpoint.verify(step)
+    assert commit["step"] == checkpoint.step_of(step)
+    assert commit["files"].keys() == {path.name for path in step.iterdir()} - {"COMMIT.json"}
+
+
+def journal_of(folder: Path) -> None:
+    assert len(read_journal(folder)) <= (folder / "journal.jsonl").read_bytes().count(b"\n")
+
+
 def whole_stream(folder: Path) -> Any:
     stream = TokenStream.open(folder)
     assert len(stream.read(0, len(stream))) == len(stream)
@@ -297,12 +318,12 @@ def targets(root: Path) -> dict[str, Target]:
                 lambda: validate(made),
                 lambda: describe(made, quick=True),
                 lambda: traced(made),
-                lambda: read_manifest(made),
+                lambda: meant(made),
                 command("info", made),
             ),
             seal_manifest(made),
         ),
-        "manifest, its hash left": Target(made / "manifest.json", document, (lambda: read_manifest(made),)),
+        "manifest, its hash left": Target(made / "manifest.json", document, (lambda: meant(made),)),
         "manifest of a view": Target(
             made / "val" / "manifest.json",
             document,
@@ -320,7 +341,7 @@ def targets(root: Path) -> dict[str, Target]:
             made / "journal.jsonl",
             lines,
             (
-                lambda: read_journal(made),
+                lambda: journal_of(made),
                 lambda: validate(made, level="quick"),
                 copied(made, lambda copy: retokenize(copy, [1], workers=1, backend="tokenizers")),
             ),
@@ -422,7 +443,7 @@ def targets(root: Path) -> dict[str, Target]:
         "commit": Target(
             commit,
             document,
-            (lambda: checkpoint.verify(step), lambda: checkpoint.newest(run), lambda: describe(run, quick=True)),
+            (lambda: verified(step), lambda: checkpoint.newest(run), lambda: describe(run, quick=True)),
         ),
         "configuration of a checkpoint": sealed(
             "config.yaml",
