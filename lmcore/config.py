@@ -145,6 +145,7 @@ _SAME_WORD = {
 
 C = TypeVar("C", bound=BaseModel)
 _MOST_ERRORS, _LONGEST_VALUE = 20, 120
+_MOST_YAML_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------- YAML 1.2
@@ -231,11 +232,15 @@ def dump_yaml(value: Any) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping (an empty file is an empty mapping)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_YAML_BYTES + 1)
+        text = raw.decode()
     except OSError as error:
         raise from_os_error(error, path, "read") from error
     except UnicodeDecodeError as error:
         raise LmError(f"{path}: not UTF-8 text.") from error
+    if len(raw) > _MOST_YAML_BYTES:
+        raise LmError(f"{path}: larger than {_MOST_YAML_BYTES >> 20} MiB, which is no configuration.")
     value = parse_yaml(text, str(path))
     if value is None:
         return {}

@@ -404,6 +404,11 @@ def _require_definition(definition: Any, name: str) -> None:
     count = len(words) + len(added)
     if largest > 2 * count + _LARGEST_GAP:
         raise LmError(f"{name}: an id of {largest:,} among {count:,} tokens.", code=Exit.DATA)
+    prefix = record.model.continuing_subword_prefix or ""
+    for merge in record.model.merges or ():
+        pair = merge.partition(" ")[::2] if isinstance(merge, str) else merge
+        if not pair[1].startswith(prefix):
+            raise LmError(f"{name}: the merge {pair!r:.80} lacks the prefix {prefix[:40]!r}.", code=Exit.DATA)
     unknown = record.model.unk_token
     if unknown is not None and isinstance(words, dict) and unknown not in words and not is_byte_level(definition):
         raise LmError(f"{name}: unknown words become {unknown[:40]!r}, which is not in the vocabulary.", code=Exit.DATA)
