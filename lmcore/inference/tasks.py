@@ -195,7 +195,7 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
     unconditional: dict[int, dict[int, Request]] = {}
     labels: dict[int, Any] = {}
     for number, line in lines:
-        read = as_record(_Line, line, f"{path}:{number}")
+        read = as_record(_Line, line, f"{path}:{number}: not a request")
         doc_id, index = read.doc_id, read.idx
         found = Request(doc_id, index, read.request.context, read.request.continuation)
         if doc_id >= offset:
