@@ -204,7 +204,7 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
             choices.setdefault(doc_id, {})[index] = found
             labels[doc_id] = read.label
     for doc_id, alone in unconditional.items():
-        if doc_id in choices and alone.keys() < choices[doc_id].keys():
+        if doc_id in choices and not alone.keys() >= choices[doc_id].keys():
             raise LmError(f"{path}: some choices of document {doc_id} have no unconditional request.", code=Exit.DATA)
     documents = [
         Document(

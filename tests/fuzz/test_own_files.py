@@ -20,6 +20,7 @@ import torch
 
 from lmcore.config import dump_yaml, merge, parse_yaml
 from lmcore.data.manifest import dataset_identity, read_manifest
+from lmcore.data.merge import merge as merge_parts
 from lmcore.data.plan import TokenizeConfig, read_plan
 from lmcore.data.provenance import Locator
 from lmcore.data.repair import retokenize
@@ -73,6 +74,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (root / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i} " * 35}) + "\n" for i in range(30)))
     tokenize(set_request(root), root / "set", workers=1, backend="tokenizers")
     shutil.copytree(root / "set", root / "unfinished")
+    shutil.copy(root / "text.jsonl", root / "more.jsonl")
+    paths = (str(root / "text.jsonl"), str(root / "more.jsonl"))
+    for part in (1, 2):
+        request = set_request(root).model_copy(update={"paths": paths, "part": part, "parts": 2})
+        tokenize(request, root / f"part-{part}", workers=1, backend="tokenizers")
     (root / "unfinished" / "manifest.json").unlink()
     journal = root / "unfinished" / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
@@ -237,6 +243,13 @@ def traced(folder: Path) -> None:
     locator.in_window(locator.stream.n_tokens - 5, 10)
 
 
+def merged(root: Path) -> None:
+    try:
+        merge_parts([root / "part-1", root / "part-2"], root / "merged")
+    finally:
+        shutil.rmtree(root / "merged", ignore_errors=True)
+
+
 def resumed(run: Path) -> None:
     train(prepare(run, resume=True))
 
@@ -370,6 +383,7 @@ def targets(root: Path) -> dict[str, Target]:
             document,
             (copied(unfinished, continued), lambda: describe(unfinished, quick=True)),
         ),
+        "plan of a part": Target(root / "part-2" / "plan.json", document, (lambda: merged(root),)),
         "document index": Target(
             made / "shard-00000.docs.npy",
             array,
