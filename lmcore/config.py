@@ -149,6 +149,7 @@ _SAME_WORD = {
 
 C = TypeVar("C", bound=BaseModel)
 _MOST_ERRORS, _LONGEST_VALUE = 20, 120
+_MOST_YAML_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------- YAML 1.2
@@ -239,11 +240,15 @@ def dump_yaml(value: Any) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping (an empty file is an empty mapping)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_YAML_BYTES + 1)
+        text = raw.decode()
     except OSError as error:
         raise from_os_error(error, path, "read") from error
     except UnicodeDecodeError as error:
         raise LmError(f"{path}: not UTF-8 text.") from error
+    if len(raw) > _MOST_YAML_BYTES:
+        raise LmError(f"{path}: larger than {_MOST_YAML_BYTES >> 20} MiB, which is no configuration.")
     value = parse_yaml(text, str(path))
     if value is None:
         return {}
@@ -329,6 +334,16 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
 
 def _letters(name: str) -> str:
     return "".join(c for c in name.casefold() if c.isalnum())
+
+
+def require_sections(model: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> None:
+    """LmError when something else stands where a section is expected, for readers of dicts that are not built yet."""
+    for key, value in data.items():
+        inner = model.model_fields[key].annotation if key in model.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and value is not None:
+            if not isinstance(value, Mapping):
+                raise LmError(f"{prefix}{key}: a section with settings is expected (got {_brief(repr(value))}).")
+            require_sections(inner, value, f"{prefix}{key}.")
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:

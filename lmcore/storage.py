@@ -144,7 +144,7 @@ def read_json_lines(path: PathLike) -> list[dict[str, Any]]:
         raise from_os_error(error, path, "read") from error
     records: list[dict[str, Any]] = []
     for line in raw.split(b"\n")[:-1]:  # what follows the last newline was never completed
-        record = _record(line)
+        record = json_line(line)
         if record is None:
             break
         records.append(record)
@@ -682,10 +682,11 @@ def _sound_length(descriptor: int, size: int) -> int:
     if end == 0:
         return at  # nothing but a torn first line: at is 0
     start = tail.rfind(b"\n", 0, end - 1) + 1
-    return at + (end if _record(tail[start:end]) is not None else start)
+    return at + (end if json_line(tail[start:end]) is not None else start)
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def json_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of a journal; None for what is torn."""
     try:
         value = _parse_json(line)
     except (ValueError, RecursionError):

@@ -50,7 +50,7 @@ class Detokenizer:
         self._vocabulary = {number: token for token, number in reference.get_vocab(with_added_tokens=True).items()}
         self._added = {number: str(token.content) for number, token in reference.get_added_tokens_decoder().items()}
         self._size = vocab_size
-        self.is_bytes = _is_byte_level(definition)
+        self.is_bytes = is_byte_level(definition)
 
     @functools.cached_property
     def kind(self) -> Kind:
@@ -161,7 +161,7 @@ class Detokenizer:
         others = [number for number, raw in enumerate(table) if raw and _is_text(raw)]
         trials = [[draw.choice(words), *draw.choices(others, k=k % _TRIAL_TOKENS)] for k in range(_TRIALS)]
         byte_ids = {table[number]: number for number, token in self._vocabulary.items() if BYTE_TOKEN.fullmatch(token)}
-        if len(byte_ids) == 256:
+        if all(bytes([value]) in byte_ids for value in range(256)):
             for text in ("\u00e9\u20ac", "a\U0001f600\u00df "):
                 trials.append([words[0], *(byte_ids[bytes([value])] for value in text.encode()), words[-1]])
         strips = self._strips_first_of(table)
@@ -218,7 +218,7 @@ def _without_first_blank(table: Sequence[bytes]) -> Speller:
     return spell
 
 
-def _is_byte_level(definition: dict[str, Any]) -> bool:
+def is_byte_level(definition: dict[str, Any]) -> bool:
     """Whether tokens are written in GPT-2's alphabet and their bytes simply follow each other."""
     model = definition["model"]
     if model.get("type") == "WordPiece" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -234,10 +234,9 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if part.get("type") != "Sequence":
         yield part
         return
-    for value in part.values():
-        if isinstance(value, list):
-            for item in value:
-                yield from _steps(item)
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for item in part.get(key) or ():
+            yield from _steps(item)
 
 
 def _is_text(raw: bytes) -> bool:

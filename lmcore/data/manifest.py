@@ -16,14 +16,15 @@ import hashlib
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lmcore import storage
 from lmcore.config import Config
 from lmcore.data.shard import MAX_SEQ_LEN
 from lmcore.errors import Exit, LmError, quoted
+from lmcore.records import MAX_DEPTH, Count, Recorded, as_record, too_deep
 
 FORMAT = "lmshards/1"
 MANIFEST = "manifest.json"
@@ -31,31 +32,33 @@ PLAN = "plan.json"
 JOURNAL = "journal.jsonl"
 TOKENIZER = "tokenizer.json"
 MAX_SHARDS = 10_000_000
-_DEEPEST = 20
 _READABLE_SEGMENTS = 10_000  # beyond this the manifest is written without line breaks
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = r"^[0-9a-f]{64}$"
+Positive = Annotated[Count, Field(ge=1)]
+_Offset = Annotated[int, Field(strict=True, gt=-(1 << 62), lt=1 << 62)]
+Id = Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
 
 
 class ShardEntry(Config):
     """One shard as the manifest lists it. Names are stems: `NAME.npy` and `NAME.docs.npy`."""
 
     name: str
-    rows: int = Field(ge=1)
-    n_tokens: int = Field(ge=1)
+    rows: Positive
+    n_tokens: Positive
     """True tokens, the pad of the last row excluded."""
-    n_docs: int = Field(ge=0)
+    n_docs: Count
     """Documents that start in this shard (0 also when there is no document index)."""
-    max_id: int = Field(ge=0, lt=1 << 32)
-    bytes: int = Field(ge=1)
+    max_id: Id
+    bytes: Positive
     """Size of NAME.npy, header included."""
     sha256: str = Field(pattern=_SHA256)
     docs_sha256: str | None = Field(default=None, pattern=_SHA256)
     """None when the set has no document index (adopted data)."""
-    docs_records: int = Field(default=0, ge=0)
+    docs_records: Count = 0
     """Records in NAME.docs.npy, a continued piece included."""
-    first_doc_offset: int = Field(default=0, ge=0)
+    first_doc_offset: Count = 0
     """Tokens of the first document that lie in earlier shards."""
 
     @field_validator("name")
@@ -72,11 +75,48 @@ class TokenizerEntry(Config):
     name: str
     sha256: str = Field(pattern=_SHA256)
     """Hash of the canonical tokenizer.json: the identity of the vocabulary."""
-    vocab_size: int = Field(ge=1)
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=1 << 32)]
     """Ids are below this, added tokens included."""
-    eos_id: int = Field(ge=0)
-    bos_id: int | None = None
-    pad_id: int | None = None
+    eos_id: Id
+    bos_id: Id | None = None
+    pad_id: Id | None = None
+
+
+class _Source(Recorded):
+    """What readers use of `source`."""
+
+    kind: str | None = None
+    files: list[str] | Count | None = None
+    document_hash: str | None = None
+    open_end: bool = False
+
+
+class _Filters(Recorded):
+    """What readers use of `filters`."""
+
+    dropped: dict[str, Count] = Field(default_factory=dict)
+
+
+class _Split(Recorded):
+    """What readers use of `split`."""
+
+    by: str
+    parent: str | None = None
+    view: str | None = None
+    leakage: str | None = None
+    fractions: dict[str, float] = Field(default_factory=dict)
+    documents: dict[str, Count] = Field(default_factory=dict)
+    link: str | None = None
+
+
+class _Backend(Recorded):
+    """What readers use of `backend`."""
+
+    name: str = ""
+
+
+_NOTES: dict[str, type[Recorded]] = {"source": _Source, "filters": _Filters, "split": _Split, "backend": _Backend}
+"""Sections that are kept as they are; what is known of them is checked."""
 
 
 class Manifest(Config):
@@ -87,13 +127,13 @@ class Manifest(Config):
     tokenizer: TokenizerEntry | None = None
     """None for adopted data whose tokenizer is unknown."""
     dtype: Literal["uint16", "uint32"]
-    seq_len: int = Field(ge=1, le=MAX_SEQ_LEN)
+    seq_len: Annotated[int, Field(strict=True, ge=1, le=MAX_SEQ_LEN)]
     packing: Literal["stream"] = "stream"
     shards: tuple[ShardEntry, ...] = Field(min_length=1, max_length=MAX_SHARDS)
-    segments: tuple[tuple[int, int, int], ...]
-    n_tokens: int = Field(ge=1)
-    n_docs: int = Field(ge=0)
-    n_bytes: int = Field(ge=0)
+    segments: tuple[tuple[_Offset, _Offset, _Offset], ...]
+    n_tokens: Positive
+    n_docs: Count
+    n_bytes: Count
     """UTF-8 bytes of the text behind the segments; 0 when unknown."""
     dataset_id: str = Field(pattern=_SHA256)
     source: dict[str, Any] = Field(default_factory=dict)
@@ -108,16 +148,14 @@ class Manifest(Config):
 
     @field_validator("source", "filters", "split", "backend", "created_by", mode="before")
     @classmethod
-    def _shallow(cls, value: Any) -> Any:
-        layer, depth = [value], 0
-        while layer:
-            depth += 1
-            if depth > _DEEPEST:
-                raise ValueError(f"nested more than {_DEEPEST} levels deep")
-            inner = [
-                item.values() if isinstance(item, dict) else item for item in layer if isinstance(item, dict | list)
-            ]
-            layer = [item for items in inner for item in items]
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        if too_deep(value):
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, dict) and info.field_name in _NOTES:
+            try:
+                as_record(_NOTES[info.field_name], value, "")
+            except LmError as error:
+                raise ValueError(error.message.removeprefix(": ")) from None
         return value
 
     @model_validator(mode="after")
@@ -198,8 +236,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     raw = storage.read_json(path, follow_links=False)
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
-        hint = "Update lmshards to read it." if str(found).startswith("lmshards/") else ""
-        shown = repr(found)[:60]
+        newer = isinstance(found, str) and found.startswith("lmshards/")
+        hint = "Update lmshards to read it." if newer else "Restore the file from a copy, or make the set again."
+        shown = repr(found)[:60] if isinstance(found, str) else "not given"
         raise LmError(f"{path}: the format is {shown}; this version reads {FORMAT}.", hint=hint, code=Exit.DATA)
     try:
         manifest = Manifest.model_validate(raw)

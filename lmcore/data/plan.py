@@ -18,13 +18,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lmcore import storage
-from lmcore.config import Config, Count
+from lmcore.config import Config, build
+from lmcore.config import Count as Number
 from lmcore.data.manifest import PLAN, TOKENIZER
 from lmcore.data.readers import Place, pieces, rows_before
 from lmcore.data.separators import parse as parse_separator
 from lmcore.data.shard import MAX_SEQ_LEN, MIN_SEQ_LEN
 from lmcore.data.sources import FormatChoice, Reading, Source, Unit, shown, total_size
 from lmcore.errors import Exit, LmError
+from lmcore.records import Count, Recorded, read_record
 
 PLAN_FORMAT = "lmshards-plan/1"
 _MAX_PLAN_BYTES = 2 << 30
@@ -47,17 +49,17 @@ class TokenizeConfig(Config):
     """train:N, byte, a tokenizer.json (or its folder), or the name of a model on the Hub."""
     seq_len: int = Field(default=2048, ge=MIN_SEQ_LEN, le=MAX_SEQ_LEN)
     """Tokens per row of a shard. Any context length can be trained from any seq_len."""
-    shard_tokens: Count = Field(default=1 << 26, ge=MIN_SEQ_LEN, le=1 << 31)
+    shard_tokens: Number = Field(default=1 << 26, ge=MIN_SEQ_LEN, le=1 << 31)
     """Tokens per shard, rounded down to whole rows."""
     min_chars: int = Field(default=1, ge=1)
     """Shorter documents are dropped."""
-    max_chars: Count | None = Field(default=None, ge=1)
+    max_chars: Number | None = Field(default=None, ge=1)
     """Longer documents are dropped."""
     dedup: bool = False
     """Drop documents whose text was seen before, by content hash."""
-    max_documents: Count | None = Field(default=None, ge=1)
+    max_documents: Number | None = Field(default=None, ge=1)
     """Stop after this many documents."""
-    max_tokens: Count | None = Field(default=None, ge=1)
+    max_tokens: Number | None = Field(default=None, ge=1)
     """Stop after the document that reaches this many tokens."""
     shuffle_units: int | None = None
     """Seed for the order of the files; None keeps the order of their names."""
@@ -198,33 +200,55 @@ def write_plan(directory: Path, plan: Plan) -> None:
 def read_plan(directory: str | Path) -> Plan:
     """The plan of a shard set. Raises LmError (65) when there is none or it is not ours."""
     path = Path(directory) / PLAN
-    raw = storage.read_json(path, limit=_MAX_PLAN_BYTES)
     try:
-        if raw["format"] != PLAN_FORMAT:
-            found = repr(raw["format"])[:60]
-            raise LmError(f"{path}: the format is {found}; this version reads {PLAN_FORMAT}.", code=Exit.DATA)
+        record = read_record(_Record, path, limit=_MAX_PLAN_BYTES)
+    except LmError as error:
+        raise error if error.code is not Exit.DATA else _not_ours(error.message.removesuffix(".")) from None
+    if record.format != PLAN_FORMAT:
+        raise _not_ours(f"{path}: the format is {record.format[:60]!r}; this version reads {PLAN_FORMAT}")
+    try:
         plan = Plan(
-            request=TokenizeConfig.model_validate(raw["request"]),
-            source=dict(raw["source"]),
-            units=tuple(Unit.from_json(unit) for unit in raw["units"]),
-            tokenizer_name=str(raw["tokenizer_name"]),
-            tokenizer_sha256=str(raw["tokenizer_sha256"]),
-            start=_place(raw, "first"),
-            stop=_place(raw, "stop"),
+            request=build(TokenizeConfig, record.request),
+            source=record.source,
+            units=tuple(Unit.from_json(unit) for unit in record.units),
+            tokenizer_name=record.tokenizer_name,
+            tokenizer_sha256=record.tokenizer_sha256,
+            start=Place(record.first_unit, record.first_piece, record.first_row),
+            stop=Place(record.stop_unit, record.stop_piece, record.stop_row),
         )
-        last = len(plan.units)
-        if not plan.start.unit <= plan.stop.unit <= last or (plan.stop.piece and plan.stop.unit == last):
-            raise ValueError(f"units {plan.start.unit} to {plan.stop.unit} of {last}")
-        return plan
-    except (KeyError, TypeError, ValueError) as error:
-        raise LmError(f"{path}: not a plan of lm tokenize ({error!r:.80}).", code=Exit.DATA) from None
+    except LmError as error:
+        raise _not_ours(f"{path}: request: {error.message.splitlines()[0].removesuffix('.')}") from None
+    except ValueError as error:
+        raise _not_ours(f"{path}: {error}") from None
+    last = len(plan.units)
+    if not plan.start.unit <= plan.stop.unit <= last or (plan.stop.piece and plan.stop.unit == last):
+        raise _not_ours(f"{path}: units {plan.start.unit:,} to {plan.stop.unit:,} of {last:,}")
+    return plan
 
 
-def _place(raw: dict[str, Any], name: str) -> Place:
-    numbers = (raw[f"{name}_unit"], raw.get(f"{name}_piece", 0), raw.get(f"{name}_row", 0))
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"{name}: {numbers!r:.60}")
-    return Place(*numbers)
+class _Record(Recorded):
+    """plan.json; units are checked by `Unit.from_json`, the request by TokenizeConfig."""
+
+    format: str
+    request: dict[str, Any]
+    source: dict[str, Any]
+    units: list[dict[str, Any]]
+    tokenizer_name: str
+    tokenizer_sha256: str
+    first_unit: Count
+    first_piece: Count = 0
+    first_row: Count = 0
+    stop_unit: Count
+    stop_piece: Count = 0
+    stop_row: Count = 0
+
+
+def _not_ours(what: str) -> LmError:
+    return LmError(
+        f"{what}.",
+        hint="Restore the file, or make the set again with lm tokenize; a finished set can be trained on without it.",
+        code=Exit.DATA,
+    )
 
 
 def refuse_other_request(directory: Path, old: TokenizeConfig, new: TokenizeConfig) -> None:
@@ -289,4 +313,5 @@ def _flag(key: str) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "not given"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -21,12 +21,13 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field
 
 from lmcore import storage
 from lmcore.data.documents import filter_lengths
@@ -40,20 +41,22 @@ from lmcore.data.tokenization import available_cores, encode_all, freeze_plan, r
 from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 from lmcore.progress import SILENT, Progress
+from lmcore.records import Count, Recorded, as_record
 
 
-@dataclass(frozen=True)
-class StreamPlace:
-    """Where a block begins: what has to be read again to make it."""
+class StreamPlace(Recorded):
+    """Where a block begins: what has to be read again to make it. A part of a checkpoint's state.json."""
 
-    block: int = 0
-    epoch: int = 0
-    unit: int = 0
-    piece: int = 0
-    base: int = 0
-    row: int = -1
+    model_config = ConfigDict(extra="forbid")
+
+    block: Count = 0
+    epoch: Count = 0
+    unit: Count = 0
+    piece: Count = 0
+    base: Count = 0
+    row: int = Field(default=-1, ge=-1, lt=1 << 62)
     """Document that holds the first token of the block; -1 at the beginning of an epoch."""
-    token: int = 0
+    token: Count = 0
     """Tokens of that document that belong to earlier blocks."""
 
 
@@ -188,14 +191,16 @@ class TextStream:
 
     def state(self) -> dict[str, Any]:
         """Where to start reading for the samples asked for last: small, JSON. It is a shortcut and decides nothing."""
-        return asdict(self._block.place if self._block is not None else self._start)
+        return (self._block.place if self._block is not None else self._start).model_dump()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Start reading where an earlier stream of the same plan, tokenizer, context length and window was."""
-        try:
-            place = StreamPlace(**{key: int(value) for key, value in state.items()})
-        except (TypeError, ValueError) as error:
-            raise LmError(f"This is not the state of a text stream ({error}).", code=Exit.DATA) from None
+    def load_state(self, state: dict[str, Any] | StreamPlace) -> None:
+        """Start reading where an earlier stream of the same plan, tokenizer, context length and window was. Raises
+        LmError (65) for what is no such place."""
+        place = state if isinstance(state, StreamPlace) else as_record(StreamPlace, state, "The state of a text stream")
+        if place.unit >= len(self.plan.units):
+            raise LmError(
+                f"The state of a text stream: file {place.unit:,} of {len(self.plan.units):,}.", code=Exit.DATA
+            )
         self.close()
         self._block = None
         self._start = place
@@ -310,13 +315,13 @@ class _Piece:
         unit = int(documents.units[index])
         own = documents.unit == unit
         return StreamPlace(
-            block,
-            self.epoch,
-            unit,
-            documents.piece if own else 0,
-            documents.base if own else 0,
-            int(documents.rows[index]),
-            self.begin - int(self.batch.offsets[index]),
+            block=block,
+            epoch=self.epoch,
+            unit=unit,
+            piece=documents.piece if own else 0,
+            base=documents.base if own else 0,
+            row=int(documents.rows[index]),
+            token=self.begin - int(self.batch.offsets[index]),
         )
 
     def tokens_before(self, place: StreamPlace) -> int:

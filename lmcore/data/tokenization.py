@@ -148,7 +148,7 @@ def tokenize(
             plan, tokenizer = resume_plan(out, config)
         else:
             plan, tokenizer = _new_plan(out, config, source, workers, progress, stdin)
-        committed = recover(out)
+        committed = recover(out, plan.stop)
         if committed:
             progress.note(f"Continuing after {len(committed)} committed shards.")
         stage, writer, bytes_read = _run(out, plan, tokenizer, committed, workers, backend, progress)

@@ -20,16 +20,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tokenizers
+from pydantic import Field
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmcore import storage
 from lmcore.data.control_tokens import control_ids, without_control
-from lmcore.data.detokenizer import Detokenizer, Speller, byte_alphabet
+from lmcore.data.detokenizer import Detokenizer, Speller, byte_alphabet, is_byte_level
 from lmcore.data.manifest import MANIFEST, TokenizerEntry
-from lmcore.errors import LmError
+from lmcore.errors import Exit, LmError
+from lmcore.records import Count, Recorded, as_record, read_record
 
 EOS = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
@@ -38,6 +40,7 @@ MAX_JSON_BYTES = 256 << 20
 _MIN_TRAINED = 257  # 256 bytes and EOS
 _MAX_TRAINED = 1 << 20
 _MAX_VOCABULARY = 1 << 24
+_LARGEST_GAP = 1 << 16
 _EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>", "[SEP]")
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>", "[CLS]")
 _PAD_NAMES = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
@@ -55,6 +58,7 @@ class Tokenizer:
 
     def __init__(self, definition: dict[str, Any], *, name: str, eos: str | None = None) -> None:
         """definition: the parsed tokenizer.json. eos: text of the token that ends a document; found by name if None."""
+        _require_definition(definition, name)
         self.definition = {**definition, "truncation": None, "padding": None}
         self.name = name
         self._json = storage.canonical_json(self.definition)
@@ -62,15 +66,13 @@ class Tokenizer:
         try:
             self.reference = _load(self._json)
         except Exception as error:  # the library raises plain Exception
-            raise LmError(f"{name}: not a tokenizer.json that `tokenizers` can load ({error}).") from error
+            raise LmError(
+                f"{name}: not a tokenizer.json that `tokenizers` can load ({error!s:.300}).", code=Exit.DATA
+            ) from error
         vocabulary = self.reference.get_vocab(with_added_tokens=True)
         if not vocabulary:
-            raise LmError(f"{name}: the vocabulary is empty.")
+            raise LmError(f"{name}: the vocabulary is empty.", code=Exit.DATA)
         self.max_id = max(vocabulary.values())
-        if self.max_id >= _MAX_VOCABULARY:
-            raise LmError(
-                f"{name}: an id of {self.max_id:,}; vocabularies of up to {_MAX_VOCABULARY:,} ids are carried."
-            )
         self.vocab_size = self.max_id + 1
         added = self.reference.get_added_tokens_decoder()
         special_ids = frozenset(number for number, token in added.items() if token.special)
@@ -121,8 +123,7 @@ class Tokenizer:
                 f"{file}: no such tokenizer file.", hint="Give a tokenizer.json, a folder with one, or `byte`."
             )
         definition = storage.read_json(file, limit=MAX_JSON_BYTES)
-        if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
-            raise LmError(f"{file}: not a tokenizer.json (there is no 'model' in it).")
+        _require_definition(definition, str(file))
         return cls(definition, name=name or _name_of(file), eos=eos or _configured_eos(file, definition))
 
     @classmethod
@@ -259,7 +260,7 @@ class Tokenizer:
     def _find_eos(self, vocabulary: dict[str, int], special_ids: frozenset[int], eos: str | None) -> int:
         if eos is not None:
             if eos not in vocabulary:
-                raise LmError(f"{self.name}: the vocabulary has no token {eos!r} to end a document with.")
+                raise LmError(f"{self.name}: the vocabulary has no token {eos[:80]!r} to end a document with.")
             return vocabulary[eos]
         found = _usual_eos(vocabulary)
         if found is None:
@@ -287,7 +288,12 @@ def repair(text: str) -> str:
 
 def _load(definition: bytes) -> tokenizers.Tokenizer:
     """The library's object. It leaves special tokens in a text alone, and no merge to chance."""
-    loaded = tokenizers.Tokenizer.from_str(definition.decode())
+    try:
+        loaded = tokenizers.Tokenizer.from_str(definition.decode())
+    except BaseException as error:  # the library panics at some definitions, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it fails with: {error}") from error
     loaded.encode_special_tokens = True
     if isinstance(loaded.model, models.BPE):
         loaded.model.dropout = None
@@ -302,27 +308,110 @@ def _configured_eos(file: Path, definition: dict[str, Any]) -> str | None:
     """The EOS that the files beside a tokenizer.json name."""
     config = file.with_name(CONFIG)
     if config.is_file():
-        said = storage.read_json(config, limit=MAX_JSON_BYTES)
-        token = said.get("eos_token") if isinstance(said, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and token:
-            return token
+        token = read_record(_Config, config, limit=MAX_JSON_BYTES).eos_token
+        text = token.content if isinstance(token, _Token) else token
+        if text:
+            return text
     manifest = file.with_name(MANIFEST)
     if manifest.is_file():
-        said = storage.read_json(manifest)
-        entry = said.get("tokenizer") if isinstance(said, dict) else None
-        number = entry.get("eos_id") if isinstance(entry, dict) else None
-        added = definition.get("added_tokens")
-        for token in added if isinstance(added, list) and number is not None else ():
-            if isinstance(token, dict) and token.get("id") == number and isinstance(token.get("content"), str):
-                return str(token["content"])
-        return next((text for text, id_ in _vocabulary(definition).items() if id_ == number), None)
+        entry = read_record(_Set, manifest).tokenizer
+        if entry is None:
+            return None
+        tokens = ((token["content"], token["id"]) for token in definition.get("added_tokens") or ())
+        words = definition["model"]["vocab"]
+        vocabulary = words.items() if isinstance(words, dict) else ((text, k) for k, (text, _) in enumerate(words))
+        return next((text for text, number in (*tokens, *vocabulary) if number == entry.eos_id), None)
     return None
 
 
-def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
-    vocabulary = definition["model"].get("vocab")
-    return vocabulary if isinstance(vocabulary, dict) else {}
+class _Token(Recorded):
+    """A token with its settings in tokenizer_config.json."""
+
+    content: str
+
+
+class _Config(Recorded):
+    """What is asked of a tokenizer_config.json."""
+
+    eos_token: str | _Token | None = None
+
+
+class _Entry(Recorded):
+    eos_id: Count
+
+
+class _Set(Recorded):
+    """What is asked of the manifest of a set whose tokenizer is read."""
+
+    tokenizer: _Entry | None = None
+
+
+class _AddedToken(Recorded):
+    id: Annotated[int, Field(ge=0, lt=_MAX_VOCABULARY)]
+    content: str
+    special: bool = False
+
+
+class _Step(Recorded):
+    """A normalizer, pre-tokenizer or decoder, or a sequence of them."""
+
+    type: str | None = None
+    normalizers: list[_Step] | None = None
+    pretokenizers: list[_Step] | None = None
+    decoders: list[_Step] | None = None
+
+
+class _Model(Recorded):
+    type: str | None = None
+    vocab: dict[str, Annotated[int, Field(ge=0, lt=_MAX_VOCABULARY)]] | list[tuple[str, float]]
+    merges: list[str] | list[tuple[str, str]] | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    byte_fallback: bool | None = None
+    ignore_merges: bool | None = None
+
+
+class _Definition(Recorded):
+    """What is read of a tokenizer.json here. The library checks the rest; it takes memory for each id up to the
+    largest one before it looks at any of them."""
+
+    model: _Model
+    added_tokens: list[_AddedToken] | None = None
+    normalizer: _Step | None = None
+    pre_tokenizer: _Step | None = None
+    decoder: _Step | None = None
+
+
+def _require_definition(definition: Any, name: str) -> None:
+    """LmError (65) for what is no definition of a tokenizer, or has ids far beyond the number of its tokens."""
+    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
+        raise LmError(f"{name}: not a tokenizer.json (there is no 'model' in it).", code=Exit.DATA)
+    model = definition["model"]
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    # JSON has lists where the record wants pairs.
+    if isinstance(vocabulary, list):
+        vocabulary = [tuple(pair) if isinstance(pair, list) else pair for pair in vocabulary]
+    if isinstance(merges, list):
+        merges = [tuple(pair) if isinstance(pair, list) else pair for pair in merges]
+    record = as_record(
+        _Definition,
+        {**definition, "model": {**model, "vocab": vocabulary, "merges": merges}},
+        f"{name}: tokenizer.json",
+    )
+    words, added = record.model.vocab, record.added_tokens or []
+    largest = max([*(words.values() if isinstance(words, dict) else ()), *(token.id for token in added)], default=0)
+    count = len(words) + len(added)
+    if largest > 2 * count + _LARGEST_GAP:
+        raise LmError(f"{name}: an id of {largest:,} among {count:,} tokens.", code=Exit.DATA)
+    prefix = record.model.continuing_subword_prefix or ""
+    for merge in record.model.merges or ():
+        pair = merge.partition(" ")[::2] if isinstance(merge, str) else merge
+        if not pair[1].startswith(prefix):
+            raise LmError(f"{name}: the merge {pair!r:.80} lacks the prefix {prefix[:40]!r}.", code=Exit.DATA)
+    unknown = record.model.unk_token
+    if unknown is not None and isinstance(words, dict) and unknown not in words and not is_byte_level(definition):
+        raise LmError(f"{name}: unknown words become {unknown[:40]!r}, which is not in the vocabulary.", code=Exit.DATA)
 
 
 def _name_of(file: Path) -> str:

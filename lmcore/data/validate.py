@@ -43,6 +43,7 @@ from lmcore.data.manifest import (
 from lmcore.data.shard import DOCUMENT, HEADER_BYTES, ShardFile, npy_header
 from lmcore.data.split import document_hashes, first_pieces, piece_ends, split_command
 from lmcore.data.statistics import ROW, Statistics, statistics
+from lmcore.data.writer import read_journal
 from lmcore.errors import LmError, quoted
 from lmcore.progress import SILENT, Progress
 
@@ -222,10 +223,14 @@ def _check_listing(path: Path, manifest: Manifest, report: Report) -> None:
     if manifest.kind != "set" or not (path / JOURNAL).is_file():
         return
     by_name = {entry.name: entry.sha256 for entry in manifest.shards}
-    for line in storage.read_json_lines(path / JOURNAL):
-        entry = line.get("shard")
-        if isinstance(entry, dict) and by_name.get(entry.get("name", ""), entry.get("sha256")) != entry.get("sha256"):
-            report.add("V070", path / JOURNAL, f"records another sha256 for {entry.get('name')} than the manifest")
+    try:
+        journal = read_journal(path)
+    except LmError as error:
+        report.add("V070", path / JOURNAL, error.message.removeprefix(f"{path / JOURNAL}:"))
+        return
+    for line in journal:
+        if by_name.get(line.entry.name, line.entry.sha256) != line.entry.sha256:
+            report.add("V070", path / JOURNAL, f"records another sha256 for {line.entry.name} than the manifest")
 
 
 def _check_segments(path: Path, manifest: Manifest, report: Report) -> None:

@@ -14,6 +14,7 @@ the next one fills, never more than one at a time.
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,14 +24,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from lmcore import storage
 from lmcore.data.documents import Documents, Drop
 from lmcore.data.encoder import Encoded
 from lmcore.data.manifest import JOURNAL, ShardEntry
 from lmcore.data.readers import Place
-from lmcore.data.shard import DOCUMENT, Tokens, npy_chunks, npy_header, shard_name
+from lmcore.data.shard import (
+    DOCUMENT,
+    Tokens,
+    npy_chunks,
+    npy_header,
+    open_directory,
+    shard_name,
+    sound_documents,
+)
 from lmcore.errors import Exit, LmError
+from lmcore.records import Count, Recorded, as_record
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,6 @@ class Cursor:
             "dropped": self.dropped,
         }
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Cursor:
-        place = Place(value["unit"], value["piece"], value["base"])
-        return cls(place, value["row"], value["token"], dict(value["dropped"]))
-
 
 @dataclass(frozen=True)
 class Committed:
@@ -79,26 +85,71 @@ class Committed:
         }
 
 
+class _CursorRecord(Recorded):
+    """A cursor as the journal holds it."""
+
+    unit: Count
+    piece: Count
+    base: Count
+    row: int = Field(ge=-1, lt=1 << 62)
+    token: Count
+    dropped: dict[str, Count]
+
+
+class _Line(Recorded):
+    """A line of the journal."""
+
+    shard: ShardEntry
+    n_bytes: Count
+    cursor: _CursorRecord
+
+    def committed(self) -> Committed:
+        at = self.cursor
+        return Committed(
+            self.shard, self.n_bytes, Cursor(Place(at.unit, at.piece, at.base), at.row, at.token, dict(at.dropped))
+        )
+
+
 def read_journal(directory: Path) -> list[Committed]:
-    """The committed shards of a set, in order. Raises LmError (65) when a line is not ours."""
+    """The committed shards of a set, in order. Raises LmError (65) when a line is not ours or a shard is not next."""
     path = directory / JOURNAL
-    committed = []
-    for number, line in enumerate(storage.read_json_lines(path)):
+    committed: list[Committed] = []
+    for number, value in enumerate(storage.read_json_lines(path)):
+        where = f"{path}:{number + 1}"
         try:
-            entry = ShardEntry.model_validate(line["shard"])
-            committed.append(Committed(entry, int(line["n_bytes"]), Cursor.from_json(line["cursor"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise LmError(
-                f"{path}:{number + 1}: not a line of lm tokenize ({error!r:.80}).",
-                hint="Delete the set and run lm tokenize again.",
-                code=Exit.DATA,
-            ) from None
+            line = as_record(_Line, value, where).committed()
+        except LmError as error:
+            raise _damaged(error.message.removesuffix(".")) from None
+        if line.entry.name != shard_name(number):
+            raise _damaged(f"{where}: names {line.entry.name} where {shard_name(number)} comes next")
+        committed.append(line)
     return committed
 
 
-def recover(directory: Path) -> list[Committed]:
+def _require_cursor(directory: Path, last: Committed, stop: Place) -> None:
+    """The index of a shard knows which document its last token belongs to: the cursor behind it must say the same."""
+    cursor = last.cursor
+    if cursor.row < 0:  # nothing is left to read
+        if cursor.place != stop:
+            raise _damaged(f"{directory / JOURNAL}: its last line ends elsewhere than the plan")
+        return
+    folder = open_directory(directory)
+    try:
+        index = sound_documents(folder, last.entry)
+    finally:
+        os.close(folder)
+    tokens = last.entry.n_tokens - int(index["start"][-1]) + (last.entry.first_doc_offset if len(index) == 1 else 0)
+    if (cursor.place.unit, cursor.row, cursor.token) != (int(index["unit"][-1]), int(index["row"][-1]), tokens):
+        raise _damaged(f"{directory / JOURNAL}: its last line and {last.entry.name}.docs.npy end at different places")
+
+
+def _damaged(what: str) -> LmError:
+    return LmError(f"{what}.", hint="Delete the set and run lm tokenize again.", code=Exit.DATA)
+
+
+def recover(directory: Path, stop: Place) -> list[Committed]:
     """Bring a set back to its last commit: sweep temporaries, drop a torn journal line and shards that the journal does
-    not name, check that the named ones are there. Call while holding the set's lock."""
+    not name, check that the named ones are there. stop: where the plan ends. Call while holding the set's lock."""
     storage.sweep(directory)
     committed = read_journal(directory)
     path = directory / JOURNAL
@@ -126,6 +177,8 @@ def recover(directory: Path) -> list[Committed]:
                 hint="Restore the file, or delete the set and run lm tokenize again.",
                 code=Exit.DATA,
             )
+    if committed:
+        _require_cursor(directory, committed[-1], stop)
     return committed
 
 

@@ -37,6 +37,7 @@ from lmcore.progress import SILENT, Progress
 from lmcore.training import checkpoint as checkpoints
 from lmcore.training import tensors as files
 from lmcore.training.checkpoint import LoadedModel, model_tensors
+from lmcore.training.rundir import read_metrics
 
 if TYPE_CHECKING:
     from lmcore.data.tokenizer import Tokenizer
@@ -352,10 +353,8 @@ def _run_metrics(checkpoint: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of the run that a checkpoint belongs to, up to its step; empty when it stands alone."""
     run = checkpoint.parent.parent
     step = checkpoints.step_of(checkpoint)
-    records = (
-        storage.read_json_lines(run / "metrics.jsonl") if checkpoint.parent.name == checkpoints.CHECKPOINTS else []
-    )
-    return [r for r in records if isinstance(r.get("step"), int) and (step is None or r["step"] <= step)]
+    records = read_metrics(run) if checkpoint.parent.name == checkpoints.CHECKPOINTS else []
+    return [r for r in records if step is None or r["step"] <= step]
 
 
 def _json(value: Any) -> bytes:

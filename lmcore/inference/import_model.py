@@ -40,6 +40,7 @@ from lmcore.training import tensors as files
 from lmcore.training.checkpoint import LoadedModel
 from lmcore.training.config import RunConfig, TrainConfig
 from lmcore.training.device import resolve_device
+from lmcore.training.state import ImportedFrom, RunState
 
 BATCH_TOKENS = 32_768  # what the run would train with unless told otherwise
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -86,28 +87,28 @@ def import_model(
             f"model.moe.bias_rate {moe.bias_rate:g}, without a z-loss"
         )
     run, tokenizer = found.config, found.tokenizer
-    state: dict[str, Any] = {
-        "step": 0,
-        "tokens": 0,
-        "samples": 0,
-        "sources": [],
-        "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
-        "opening": list(opening_of_tokenizer(tokenizer)) if tokenizer is not None else [],
-        "imported_from": {
-            "path": os.fspath(source),
-            "family": found.family,
-            "config_sha256": storage.sha256_file(folder / CONFIG),
-            "weights": {path.name: storage.sha256_file(path.resolve()) for path in _weight_files(folder)},
-        },
-    }
+    state = RunState(
+        step=0,
+        tokens=0,
+        samples=0,
+        sources=[],
+        tokenizer_sha256=tokenizer.sha256 if tokenizer is not None else None,
+        opening=list(opening_of_tokenizer(tokenizer)) if tokenizer is not None else [],
+        imported_from=ImportedFrom(
+            path=os.fspath(source),
+            family=found.family,
+            config_sha256=storage.sha256_file(folder / CONFIG),
+            weights={path.name: storage.sha256_file(path.resolve()) for path in _weight_files(folder)},
+        ),
+    )
     definition = tokenizer.to_json() if tokenizer is not None else None
     weights = checkpoints.model_tensors(found.model)
     parameters = sum(parameter.numel() for parameter in found.model.parameters())
     report = ImportReport(out, found.family, parameters, run.model, tokenizer.name if tokenizer is not None else None)
     if out.exists():
-        storage.require_same(out, _origin(_state_of(out)), _origin(state))
+        storage.require_same(out, _origin(_state_of(out)), _origin(state.to_json()))
         return dataclasses.replace(report, unchanged=True)
-    snapshot = checkpoints.Snapshot(0, weights, {}, state, run.to_yaml().encode(), definition)
+    snapshot = checkpoints.Snapshot(0, weights, {}, state.to_json(), run.to_yaml().encode(), definition)
     with storage.commit_directory(out) as place:
         checkpoints.save(place / checkpoints.CHECKPOINTS, snapshot)
         if definition is not None:

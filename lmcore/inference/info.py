@@ -21,45 +21,20 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, PLAN, Manifest, read_manifest
 from lmcore.errors import Exit, LmError, from_os_error
-from lmcore.inference.provenance import PROVENANCE, Provenance, Recorded, Sha256, as_record, read_provenance
+from lmcore.inference.provenance import PROVENANCE, Provenance, read_provenance
 from lmcore.progress import SILENT, Progress
+from lmcore.records import as_record
+
+if TYPE_CHECKING:
+    from lmcore.training.state import ImportedFrom
 
 State = Literal["holds", "broken", "away"]
 _SHOWN_SOURCES = 5
-
-
-class _Loss(Recorded):
-    loss: float | None = None
-
-
-class _Source(Recorded):
-    path: str = ""
-    dataset_id: str | None = None
-
-
-class _ImportedFrom(Recorded):
-    path: str = ""
-    family: str | None = None
-    config_sha256: Sha256 | None = None
-    weights: dict[str, Sha256] = Field(default_factory=dict)
-
-
-class _TrainingState(Recorded):
-    """What is asked of a checkpoint's state.json here."""
-
-    step: int | None = None
-    tokens: int | None = None
-    samples: int | None = None
-    validation: _Loss | None = None
-    sources: list[_Source] = Field(default_factory=list)
-    imported_from: _ImportedFrom | None = None
 
 
 @dataclass
@@ -214,6 +189,7 @@ def _run(path: Path, quick: bool, progress: Progress) -> Artefact:
 
 def _checkpoint(path: Path, quick: bool, progress: Progress) -> Artefact:
     from lmcore.training import checkpoint as checkpoints
+    from lmcore.training.state import read_state
 
     identity = storage.sha256_file(path / checkpoints.COMMIT)
     found = Artefact("checkpoint", os.fspath(path), identity)
@@ -222,7 +198,7 @@ def _checkpoint(path: Path, quick: bool, progress: Progress) -> Artefact:
     except LmError as error:
         found.state, found.problem = "broken", error.message
         return found
-    state = as_record(_TrainingState, storage.read_json(path / checkpoints.STATE), os.fspath(path / checkpoints.STATE))
+    state = read_state(path)
     facts = {name: getattr(state, name) for name in ("step", "tokens", "samples")}
     found.facts = {name: value for name, value in facts.items() if value is not None}
     if state.validation is not None and state.validation.loss is not None:
@@ -239,7 +215,7 @@ def _checkpoint(path: Path, quick: bool, progress: Progress) -> Artefact:
     return found
 
 
-def _imported(record: _ImportedFrom) -> Artefact:
+def _imported(record: ImportedFrom) -> Artefact:
     path = Path(record.path)
     found = Artefact("imported model", str(path), record.config_sha256, {"family": record.family})
     if not os.path.isfile(path / "config.json"):
@@ -303,8 +279,10 @@ def _parent_of(path: Path, manifest: Manifest) -> Path | None:
 
 def _plan(path: Path, quick: bool) -> Artefact:
     """A set that is not finished."""
+    from lmcore.data.writer import read_journal
+
     found = Artefact("plan", os.fspath(path), storage.sha256_file(path / PLAN), {"finished": False})
-    found.facts["committed_shards"] = len(storage.read_json_lines(path / "journal.jsonl"))
+    found.facts["committed_shards"] = len(read_journal(path))
     found.parents = [_guarded("source files", path / PLAN, lambda: _sources(path, quick))]
     return found
 

@@ -35,15 +35,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lmcore.config import same_name
 from lmcore.errors import Exit, LmError
 from lmcore.inference import mmlu
 from lmcore.progress import SILENT, Progress
+from lmcore.records import Recorded, as_record, too_deep
 
 if TYPE_CHECKING:
     from lmcore.model.model import LanguageModel
@@ -194,17 +196,17 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
     unconditional: dict[int, dict[int, Request]] = {}
     labels: dict[int, Any] = {}
     for number, line in lines:
-        try:
-            doc_id, index = int(line["doc_id"]), int(line.get("idx", 0))
-            request = line["request"]
-            found = Request(doc_id, index, str(request["context"]), str(request["continuation"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise LmError(f"{path}:{number}: not a request ({error!r}).", code=Exit.DATA) from error
+        read = as_record(_Line, line, f"{path}:{number}: not a request")
+        doc_id, index = read.doc_id, read.idx
+        found = Request(doc_id, index, read.request.context, read.request.continuation)
         if doc_id >= offset:
             unconditional.setdefault(doc_id - offset, {})[index] = found
         else:
             choices.setdefault(doc_id, {})[index] = found
-            labels[doc_id] = line.get("label")
+            labels[doc_id] = read.label
+    for doc_id, alone in unconditional.items():
+        if doc_id in choices and not alone.keys() >= choices[doc_id].keys():
+            raise LmError(f"{path}: some choices of document {doc_id} have no unconditional request.", code=Exit.DATA)
     documents = [
         Document(
             doc_id,
@@ -221,13 +223,29 @@ def read_task(name: str, folder: Path, limit: int | None = None) -> Task:
     return Task(name, tuple(documents), primary)
 
 
+class _Texts(Recorded):
+    context: str
+    continuation: str
+
+
+class _Line(Recorded):
+    """A line of requests; numbers may be written as texts."""
+
+    doc_id: Annotated[int, Field(strict=False)]
+    idx: Annotated[int, Field(strict=False)] = 0
+    label: Any = None
+    request: _Texts
+
+
 def _right(label: Any, indices: Sequence[int], path: Path, doc_id: int) -> int:
     """Position of the right choice among the sorted indices."""
     if isinstance(label, int) and not isinstance(label, bool) and label in indices:
         return indices.index(label)
     if len(indices) == 1:  # the only continuation is the right one; its label may be a text or a list of texts
         return 0
-    raise LmError(f"{path}: document {doc_id} has the label {label!r}, which is none of its choices.", code=Exit.DATA)
+    raise LmError(
+        f"{path}: document {doc_id} has the label {label!r:.80}, which is none of its choices.", code=Exit.DATA
+    )
 
 
 def _requests_file(folder: Path) -> Path | None:
@@ -252,6 +270,8 @@ def _configuration(folder: Path) -> tuple[int, str | None]:
     from lmcore.storage import read_json
 
     config = read_json(path)
+    if too_deep(config, 100):
+        raise LmError(f"{path}: nested too deep.", code=Exit.DATA)
     offset, primary = _search(config, "uncond_docid_offset"), _search(config, "primary_metric")
     names = {"acc_raw": "acc", "logits_per_byte": "bpb"}
     return (

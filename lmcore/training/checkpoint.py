@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -38,8 +39,10 @@ from lmcore.training import tensors
 
 if TYPE_CHECKING:
     from lmcore.data.tokenizer import Tokenizer
+    from lmcore.model.config import ModelConfig
     from lmcore.model.model import LanguageModel
     from lmcore.training.config import RunConfig
+    from lmcore.training.state import RunState
 
 FORMAT = "lmshards-checkpoint/1"
 COMMIT = "COMMIT.json"
@@ -77,6 +80,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     config: RunConfig
     state: dict[str, Any]
+    """The content of state.json, checked (state.py)."""
     path: Path
     """The checkpoint directory that was loaded."""
 
@@ -280,39 +284,60 @@ def load_model(
     from lmcore.model.model import LanguageModel
     from lmcore.training.config import read_run_config
     from lmcore.training.device import resolve_device
+    from lmcore.training.state import read_state
 
     checkpoint = resolve(path, skipped=skipped)
     config = read_run_config(checkpoint / CONFIG)
-    state = storage.read_json(checkpoint / STATE, follow_links=False)
-    if not isinstance(state, dict):
-        raise LmError(f"{checkpoint / STATE}: an object is expected.", code=Exit.DATA)
+    state = read_state(checkpoint)
+    require_size(config.model, checkpoint)
     model = LanguageModel(config.model)
     load_weights(model, checkpoint / MODEL)
     tokenizer_path = checkpoint / TOKENIZER
     tokenizer = Tokenizer.from_file(tokenizer_path) if tokenizer_path.is_file() else None
-    recorded = state.get("tokenizer_sha256")
+    recorded = state.tokenizer_sha256
     if tokenizer is not None and recorded not in (None, tokenizer.sha256):
         raise LmError(
             f"{tokenizer_path}: this tokenizer ({tokenizer.sha256[:12]}) is not the one of the training "
-            f"({str(recorded)[:12]}).",
+            f"({recorded[:12]}).",
             code=Exit.DATA,
         )
+    if max(state.opening or (), default=0) >= config.model.vocab_size:
+        raise LmError(f"{checkpoint / STATE}: opening holds an id beyond the vocabulary.", code=Exit.DATA)
     if tokenizer is not None:
         tokenizer.opening = _opening(state, tokenizer)
     model.to(device=resolve_device(device), dtype=dtype)
     model.eval()
-    return LoadedModel(model, tokenizer, config, state, checkpoint)
+    return LoadedModel(model, tokenizer, config, state.to_json(), checkpoint)
 
 
-def _opening(state: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+def require_size(config: ModelConfig, checkpoint: Path) -> None:
+    """LmError (65) when the weights of a checkpoint are fewer than its configuration needs, before memory is taken for
+    a model."""
+    from lmcore.model.plan import plan_model
+
+    path = checkpoint / MODEL
+    try:
+        with tensors.open_plain(path) as file:
+            entries, _ = tensors.read_header(file, os.fstat(file.fileno()).st_size, os.fspath(path))
+    except OSError as error:
+        raise from_os_error(error, path, "read") from error
+    held, needed = sum(math.prod(entry.shape) for entry in entries.values()), plan_model(config).parameters
+    if held < needed:
+        raise LmError(
+            f"{path}: {held:,} weights, and {CONFIG} beside it describes a model of {needed:,}.",
+            hint="The checkpoint belongs to another architecture.",
+            code=Exit.DATA,
+        )
+
+
+def _opening(state: RunState, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids in front of every document in training. Runs that do not record them read documents without a BOS, imported
     models what their tokenizer puts in front."""
     from lmcore.data.surroundings import opening_of_tokenizer
 
-    recorded = state.get("opening")
-    if isinstance(recorded, list):
-        return tuple(recorded)
-    return opening_of_tokenizer(tokenizer) if "imported_from" in state else ()
+    if state.opening is not None:
+        return tuple(state.opening)
+    return opening_of_tokenizer(tokenizer) if state.imported_from is not None else ()
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -451,6 +476,8 @@ def _read_file(file: IO[bytes], name: str) -> tuple[int, dict[str, Any], dict[st
     damaged = LmError(f"{name}: the state of the optimizer in it is damaged.", code=Exit.DATA)
     try:
         state = _unpack(json.loads(metadata["optimizer"]), found)
+        if found:
+            raise ValueError("tensors that belong to nothing")
     except (ValueError, RecursionError) as error:
         raise damaged from error
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
@@ -495,22 +522,24 @@ def _pack(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
     return {}, {"value": value}
 
 
-def _unpack(structure: Any, found: Mapping[str, Tensor]) -> Any:
-    """What `_pack` took apart; ValueError for anything else."""
+def _unpack(structure: Any, found: dict[str, Tensor], prefix: str = "") -> Any:
+    """What `_pack` took apart, its tensors taken out of `found`; ValueError for anything else."""
     if not isinstance(structure, dict) or len(structure) != 1:
         raise ValueError("not one kind of value")
     kind, content = next(iter(structure.items()))
-    if kind == "tensor" and isinstance(content, str) and content in found:
-        return found[content]
+    if kind == "tensor" and content == prefix and prefix in found:
+        return found.pop(prefix)
     if kind == "value" and isinstance(content, str | int | float | bool | None):
         return content
     if kind in ("list", "tuple") and isinstance(content, list):
-        parts = [_unpack(item, found) for item in content]
+        before = f"{prefix}." if prefix else ""
+        parts = [_unpack(item, found, f"{before}{index}") for index, item in enumerate(content)]
         return tuple(parts) if kind == "tuple" else parts
     if kind == "mapping" and isinstance(content, list):
         if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str | int) for pair in content):
             raise ValueError("not pairs of key and value")
-        return {key: _unpack(item, found) for key, item in content}
+        before = f"{prefix}." if prefix else ""
+        return {key: _unpack(item, found, f"{before}{key}") for key, item in content}
     raise ValueError(f"an unknown kind of value: {kind!r}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmcore import storage
 from lmcore.data.manifest import MANIFEST, Manifest, read_manifest
@@ -25,6 +25,9 @@ from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError, quoted
 from lmcore.progress import Notes
 from lmcore.training.config import DataConfig, RunConfig, Source
+
+if TYPE_CHECKING:
+    from lmcore.training.state import RunState
 
 TRAIN_VIEW, VAL_VIEW = "train", "val"
 SOURCE = "source"
@@ -195,21 +198,22 @@ def data_identity(config: RunConfig, sets: DataSets, text_id: str = "") -> dict[
     }
 
 
-def refuse_changed_data(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+def refuse_changed_data(saved: RunState, now: Mapping[str, Any], where: str) -> None:
     """LmError (65) when a run would continue on other tokens or with another tokenizer than it began with."""
-    if saved.get("tokenizer_sha256") != now["tokenizer_sha256"]:
+    if saved.tokenizer_sha256 != now["tokenizer_sha256"]:
         raise LmError(
-            f"{where}: trained with the tokenizer {_short(saved.get('tokenizer_sha256'))}, the data now have "
+            f"{where}: trained with the tokenizer {_short(saved.tokenizer_sha256)}, the data now have "
             f"{_short(now['tokenizer_sha256'])}.",
             hint="Continue with the data of the beginning, or start a new run with --out.",
             code=Exit.DATA,
         )
-    before, after = _weights(saved.get("sources", ())), _weights(now["sources"])
+    began_with = [vars(source) for source in saved.sources]
+    before, after = _weights(began_with), _weights(now["sources"])
     if before != after:
-        gone, new = sorted(set(before) - set(after)), sorted(set(after) - set(before))
-        paths = {s["dataset_id"]: s["path"] for s in (*saved.get("sources", ()), *now["sources"])}
+        gone, new = sorted(set(before) - set(after), key=str), sorted(set(after) - set(before))
+        paths = {s["dataset_id"]: s["path"] for s in (*began_with, *now["sources"])}
         what = "; ".join(
-            [f"{paths[i]} ({i[:12]}) is no longer there" for i in gone]
+            [f"{paths[i]} ({str(i)[:12]}) is no longer there" for i in gone]
             + [f"{paths[i]} ({i[:12]}) is new" for i in new]
             + [
                 f"the weight of {paths[i]} was {before[i]:g}, is {after[i]:g}"

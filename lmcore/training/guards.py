@@ -14,15 +14,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from pydantic import Field
+
+from lmcore.records import Count, Recorded
 from lmcore.training.config import GuardConfig
 
 Verdict = Literal["ok", "bad", "diverged", "spike"]
 
 _MIN_HISTORY = 16
 _RECENT_STEPS = 1000
+
+
+class GuardState(Recorded):
+    """What the guard of a run remembers."""
+
+    losses: list[float] = Field(default_factory=list)
+    bad_steps: list[Count] = Field(default_factory=list)
+    in_a_row: Count = 0
 
 
 class Guard:
@@ -64,16 +74,22 @@ class Guard:
         # A loss that barely moves must not make every ripple a spike: 0.5 % of the loss is the least deviation.
         return (loss - median) / max(1.4826 * deviation, 0.005 * abs(median), 1e-12)
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs, as JSON values."""
-        return {"losses": list(self.losses), "bad_steps": self.bad_steps, "in_a_row": self.in_a_row}
+    def state(self) -> GuardState:
+        """What `load` needs."""
+        return GuardState(losses=list(self.losses), bad_steps=self.bad_steps, in_a_row=self.in_a_row)
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: GuardState) -> None:
         """Continue from a saved state."""
         self.losses.clear()
-        self.losses.extend(float(x) for x in state.get("losses", ()))
-        self.bad_steps = [int(s) for s in state.get("bad_steps", ())]
-        self.in_a_row = int(state.get("in_a_row", 0))
+        self.losses.extend(state.losses)
+        self.bad_steps, self.in_a_row = list(state.bad_steps), state.in_a_row
+
+
+class ScaleState(Recorded):
+    """Where a loss scale stands."""
+
+    scale: float = Field(ge=1.0, le=2.0**24)
+    calm: Count = 0
 
 
 class LossScale:
@@ -103,11 +119,11 @@ class LossScale:
         self.scale, self.calm = max(1.0, self.scale / 2), 0
         return explained
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs, as JSON values."""
-        return {"scale": self.scale, "calm": self.calm}
+    def state(self) -> ScaleState:
+        """What `load` needs."""
+        return ScaleState(scale=self.scale, calm=self.calm)
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
-        if self.enabled:
-            self.scale, self.calm = float(state.get("scale", self.scale)), int(state.get("calm", 0))
+    def load(self, state: ScaleState | None) -> None:
+        """Continue from a saved state; None: as in the beginning."""
+        if self.enabled and state is not None:
+            self.scale, self.calm = state.scale, state.calm

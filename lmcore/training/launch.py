@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import lmcore
-from lmcore.config import build, merge
+from lmcore.config import build, merge, require_sections
 from lmcore.data.manifest import created_by
 from lmcore.errors import Exit, LmError
-from lmcore.storage import read_json, read_json_lines, sha256_file
+from lmcore.storage import sha256_file
 from lmcore.training import checkpoint
 from lmcore.training.config import (
     DataConfig,
@@ -38,7 +38,8 @@ from lmcore.training.config import (
     settled,
 )
 from lmcore.training.data import DataSets, inspect
-from lmcore.training.rundir import CONFIG, EVENTS
+from lmcore.training.rundir import CONFIG, EVENTS, read_start
+from lmcore.training.state import RunState, read_state
 
 
 @dataclass(frozen=True)
@@ -249,20 +250,14 @@ def _with_tokens(raw: Mapping[str, Any], tokens: int | None) -> dict[str, Any]:
 
 def _recorded_tokens(run_dir: Path, hours: float) -> int:
     """What `hours` meant when the run began."""
-    length = _start(run_dir).get("length") or {}
-    if length.get("hours") != hours:
-        began = f"for {length['hours']:g} hours" if length else "with another length"
+    length = read_start(run_dir).length
+    if length is None or length.hours != hours:
+        began = f"for {length.hours:g} hours" if length is not None else "with another length"
         raise LmError(
             f"{run_dir} holds a run that was started {began}, not for {hours:g} hours.",
             hint="Continue that run with --resume, or train this one elsewhere with --out.",
         )
-    return int(length["tokens"])
-
-
-def _start(run_dir: Path) -> dict[str, Any]:
-    """The event that says how the run began."""
-    events = read_json_lines(run_dir / EVENTS) if (run_dir / EVENTS).is_file() else []
-    return next((event for event in reversed(events) if event.get("event") == "start"), {})
+    return length.tokens
 
 
 # ---------------------------------------------------------------------------------------- weights to begin with
@@ -276,20 +271,20 @@ class _FirstWeights:
     checkpoint: Path
     sha256: str
     config: RunConfig
-    state: dict[str, Any]
+    state: RunState
 
     def record(self) -> dict[str, Any]:
         """What run.jsonl keeps."""
         return {
             "init_from": self.given,
             "checkpoint": str(self.checkpoint),
-            "step": self.state.get("step"),
+            "step": self.state.step,
             "model_sha256": self.sha256,
         }
 
     def require_tokenizer(self, sets: DataSets) -> None:
         """LmError (65) when ids of the data mean other text than the model learned."""
-        theirs = self.state.get("tokenizer_sha256")
+        theirs = self.state.tokenizer_sha256
         if theirs != sets.tokenizer_sha256:
             raise LmError(
                 f"{self.given} was trained with {_short(theirs)}, the data were made with "
@@ -303,6 +298,8 @@ class _FirstWeights:
 
 def _preset_for(preset: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
     """Both merged. When weights to begin with are typed, the architecture of the preset is not meant."""
+    for layer in (preset, typed):
+        require_sections(RunConfig, layer)
     if (typed.get("train") or {}).get("init_from") is not None:
         preset = {key: value for key, value in preset.items() if key != "model"}
     return merge(preset, typed)
@@ -314,15 +311,21 @@ def _first_weights(raw: Mapping[str, Any]) -> _FirstWeights | None:
         return None
     path = checkpoint.resolve(str(given))
     commit = checkpoint.verify(path)
-    state = read_json(path / checkpoint.STATE, follow_links=False)
+    state = read_state(path)
     config = read_run_config(path / checkpoint.CONFIG)
     return _FirstWeights(str(given), path, commit["files"][checkpoint.MODEL]["sha256"], config, state)
 
 
 def _weights_of_the_beginning(run_dir: Path) -> Path:
     """The checkpoint that a run began with, for one that was ended before it had one of its own."""
-    record = _start(run_dir).get("weights") or {}
-    path = Path(record.get("checkpoint", ""))
+    record = read_start(run_dir).weights
+    if record is None:
+        raise LmError(
+            f"{run_dir} has no checkpoint yet, and {EVENTS} does not say which weights it begins with.",
+            hint="Start a new run with --out.",
+            code=Exit.DATA,
+        )
+    path = Path(record.checkpoint)
     try:
         found = checkpoint.verify(path)["files"][checkpoint.MODEL]["sha256"]
     except LmError as error:
@@ -331,7 +334,7 @@ def _weights_of_the_beginning(run_dir: Path) -> Path:
             hint="Start a new run with --out.",
             code=Exit.DATA,
         ) from error
-    if found != record.get("model_sha256"):
+    if found != record.model_sha256:
         raise LmError(
             f"{run_dir} has no checkpoint yet, and {path} does not hold the weights that it began with any more.",
             hint="Start a new run with --out.",

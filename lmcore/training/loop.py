@@ -23,7 +23,7 @@ import torch
 
 from lmcore import storage
 from lmcore.data.sampler import Mixture, SourceShare
-from lmcore.data.streaming import TextStream
+from lmcore.data.streaming import StreamPlace, TextStream
 from lmcore.errors import Exit, LmError
 from lmcore.heap import bound_kernel_cache, keep_freed_memory
 from lmcore.model.model import LanguageModel
@@ -44,6 +44,7 @@ from lmcore.training.memory import out_of_memory
 from lmcore.training.observe import SILENT, Observer, RunInfo
 from lmcore.training.parallel import World
 from lmcore.training.resolve import resolve
+from lmcore.training.state import RunState, read_state
 from lmcore.training.step import StepNumbers, Stepper
 from lmcore.training.tensors import read_tensors
 from lmcore.training.tracking import Trackers
@@ -173,9 +174,9 @@ class _Run:
 
     def go(self) -> RunResult:
         saved = self._saved_state()
-        if saved is not None and saved["step"] >= self.total and not self._unvalidated(saved):
-            self.step = saved["step"]
-            self.validation = saved.get("validation") or {}
+        if saved is not None and saved.step >= self.total and not self._unvalidated(saved):
+            self.step = saved.step
+            self.validation = saved.results
             return self._result("nothing to do", self.launch.checkpoint)
         self.data = self._open_data(saved)
         self._build()
@@ -211,11 +212,11 @@ class _Run:
             if isinstance(self.data.samples, TextStream):
                 self.data.samples.close()
 
-    def _unvalidated(self, saved: dict[str, Any]) -> bool:
+    def _unvalidated(self, saved: RunState) -> bool:
         """Whether the run was interrupted between its last step and the end of its last validation."""
-        return bool(self.launch.sets.val) and saved.get("validated_at", saved["step"]) < saved["step"]
+        return bool(self.launch.sets.val) and not saved.validated
 
-    def _open_data(self, saved: dict[str, Any] | None) -> RunData:
+    def _open_data(self, saved: RunState | None) -> RunData:
         """The main rank first: a text source is frozen by whoever opens it first, and freed when the ranks disagree."""
         frozen = (self.run.path / SOURCE).is_dir()
         try:
@@ -232,12 +233,14 @@ class _Run:
             raise
         if saved is not None:
             refuse_changed_data(saved, data.identity, str(self.launch.run_dir))
-            if isinstance(data.samples, TextStream) and saved.get("source_state"):
-                data.samples.load_state(saved["source_state"])
+            if isinstance(data.samples, TextStream) and saved.source_state is not None:
+                data.samples.load_state(saved.source_state)
         return data
 
     def _build(self) -> None:
         config, train = self.config, self.config.train
+        if self.launch.checkpoint is not None:
+            checkpoint.require_size(config.model, self.launch.checkpoint)
         self.model = LanguageModel(config.model, seed=train.seed)
         if self.sharded:
             parallel.shard_model(self.model, self.world)
@@ -278,7 +281,7 @@ class _Run:
             dtype = machine.DTYPES[self.config.train.dtype]
             self.peak_flops, self.peak_source = measure_peak(device, dtype), "measured"
 
-    def _open_run(self, saved: dict[str, Any] | None) -> None:
+    def _open_run(self, saved: RunState | None) -> None:
         """Write the directory of a new run, or cut the log of a continued one. The disk must have room first."""
         keep = self.config.train.checkpoint
         weights = checkpoint.model_tensors(self.model).values()
@@ -309,7 +312,7 @@ class _Run:
             for sentence in self.data.samples.warnings(self.total * self.shape.rows):
                 self.observer.warn(sentence)
         if saved is not None:
-            before, now = saved.get("fingerprint", {}), self._fingerprint()
+            before, now = saved.fingerprint, self._fingerprint()
             differing = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k]]
             if differing:
                 self.observer.warn(f"the run continues, but not bit for bit as it would have: {'; '.join(differing)}.")
@@ -644,23 +647,23 @@ class _Run:
             step=self.step,
             model=parallel.gathered(weights, self.world) if self.sharded else weights,
             optimizer=self.optimizer.state_tensors(),
-            state={
-                "step": self.step,
-                "samples": self.sample,
-                "tokens": self.sample * self.config.model.context_length,
-                "optimizer": self.optimizer.fingerprint(),
-                "guard": self.guard.state(),
-                "loss_scale": self.scale.state(),
-                "rollbacks": self.rollbacks,
-                "eager": self.eager and bool(self.config.train.compile),
-                "validation": _finite(self.validation),
-                "validated_at": self.validated_at,
-                "fingerprint": self._fingerprint(),
-                "world_size": self.world.size,
-                "source_state": self._source_state,
-                "opening": list(self.data.opening),
+            state=RunState(
+                step=self.step,
+                samples=self.sample,
+                tokens=self.sample * self.config.model.context_length,
+                optimizer=self.optimizer.fingerprint(),
+                guard=self.guard.state(),
+                loss_scale=self.scale.state(),
+                rollbacks=self.rollbacks,
+                eager=self.eager and bool(self.config.train.compile),
+                validation=_finite(self.validation),
+                validated_at=self.validated_at,
+                fingerprint=self._fingerprint(),
+                world_size=self.world.size,
+                source_state=StreamPlace(**self._source_state) if self._source_state is not None else None,
+                opening=list(self.data.opening),
                 **self.data.identity,
-            },
+            ).to_json(),
             config=self.config.to_yaml().encode(),
             tokenizer=self.launch.sets.tokenizer,
         )
@@ -689,17 +692,13 @@ class _Run:
         self.stop.reserve_s = 1.5 * (self.writer.write_s + self.writer.stall_s) + 2.0
         return failure
 
-    def _saved_state(self) -> dict[str, Any] | None:
-        if self.launch.checkpoint is None:
-            return None
-        state = storage.read_json(self.launch.checkpoint / checkpoint.STATE, follow_links=False)
-        assert isinstance(state, dict)
-        return state
+    def _saved_state(self) -> RunState | None:
+        return read_state(self.launch.checkpoint) if self.launch.checkpoint is not None else None
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: RunState) -> None:
         folder = self.launch.checkpoint
         assert folder is not None
-        if saved.get("optimizer") != self.optimizer.fingerprint():
+        if saved.optimizer != self.optimizer.fingerprint():
             raise LmError(
                 f"{folder}: the parameter groups of the optimizer are not those that the run began with.",
                 hint="This version of the program builds the model differently; start a new run with --out.",
@@ -707,17 +706,17 @@ class _Run:
             )
         self._load(folder, saved)
 
-    def _load(self, folder: Path, saved: dict[str, Any]) -> None:
+    def _load(self, folder: Path, saved: RunState) -> None:
+        if saved.samples is None or saved.samples * self.config.model.context_length != saved.tokens:
+            raise LmError(f"{folder / checkpoint.STATE}: samples and tokens disagree.", code=Exit.DATA)
         checkpoint.load_weights(self.model, folder / checkpoint.MODEL)
         self.optimizer.load_state_tensors(read_tensors(folder / checkpoint.OPTIMIZER))
-        self.step, self.sample = int(saved["step"]), int(saved["samples"])
-        if self.sample * self.config.model.context_length != saved["tokens"]:
-            raise LmError(f"{folder / checkpoint.STATE}: samples and tokens disagree.", code=Exit.DATA)
-        self.guard.load(saved.get("guard", {}))
-        self.scale.load(saved.get("loss_scale", {}))
-        self.rollbacks = int(saved.get("rollbacks", 0))
-        self.eager |= bool(saved.get("eager"))
-        self.validation = saved.get("validation") or {}
+        self.step, self.sample = saved.step, saved.samples
+        self.guard.load(saved.guard)
+        self.scale.load(saved.loss_scale)
+        self.rollbacks = saved.rollbacks
+        self.eager |= saved.eager
+        self.validation = saved.results
 
     def _roll_back(self, batch: StepBatch) -> None:
         """Return to an older checkpoint and leave out the data around the spike."""
@@ -735,14 +734,14 @@ class _Run:
                 code=Exit.DIVERGED,
             )
         target, spiked = steps[0], self.step
-        saved = storage.read_json(target / checkpoint.STATE, follow_links=False)
+        saved = read_state(target)
         after = batch.first_sample + guard.skip_steps * self.shape.rows
         rollbacks = self.rollbacks + 1
         if self.world.main:
             for path in checkpoint.steps_on_disk(self.run.checkpoints):
-                if (checkpoint.step_of(path) or 0) > saved["step"]:
+                if (checkpoint.step_of(path) or 0) > saved.step:
                     storage.delete_directory(path)  # they belong to the course that is given up
-            self.run.cut_metrics(int(saved["step"]))
+            self.run.cut_metrics(saved.step)
         self._load(target, saved)
         self.sample, self.rollbacks = after, rollbacks
         self.writer.saved = None

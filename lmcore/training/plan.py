@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lmcore.config import build, did_you_mean, merge
+from lmcore.config import build, did_you_mean, merge, require_sections
 from lmcore.data.manifest import MANIFEST
 from lmcore.errors import LmError
 from lmcore.model.config import ModelConfig
@@ -190,6 +190,7 @@ def draft(raw: Mapping[str, Any], *, tokens: int | None = None) -> Draft:
     The vocabulary comes from `model.vocab_size`, else from the data, else it is assumed. The length comes from
     `tokens`, else from the configuration, else it is 12 tokens per parameter.
     """
+    require_sections(RunConfig, raw)
     notes: list[str] = []
     model = raw.get("model")
     given = model.get("vocab_size") if isinstance(model, Mapping) else None

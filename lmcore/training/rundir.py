@@ -20,12 +20,65 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import Field
+
 from lmcore import storage
 from lmcore.errors import Exit, LmError, from_os_error
+from lmcore.records import Count, Recorded, Sha256, as_record
 from lmcore.training import checkpoint
 from lmcore.training.config import RunConfig, read_run_config
 
 CONFIG, TOKENIZER, METRICS, EVENTS = "config.yaml", "tokenizer.json", "metrics.jsonl", "run.jsonl"
+
+
+class Length(Recorded):
+    """A length that was given in hours, and what it was on that machine."""
+
+    hours: float
+    tokens: int = Field(ge=1, lt=1 << 62)
+
+
+class FirstWeights(Recorded):
+    """The checkpoint that a run began with."""
+
+    checkpoint: str
+    model_sha256: Sha256
+
+
+class Start(Recorded):
+    """The event that says how a run began."""
+
+    length: Length | None = None
+    weights: FirstWeights | None = None
+
+
+class StepTime(Recorded):
+    """What a step cost."""
+
+    step_s: float = Field(ge=0)
+    tokens_per_s: float = Field(ge=0)
+    peak_bytes: int | None = None
+
+
+class TrainingLine(Recorded):
+    """What readers use of a step's line in metrics.jsonl. The loss is None where it was not finite."""
+
+    step: Count
+    tokens: Count
+    loss: float | None
+    lr: float
+    time: StepTime
+
+
+class ValidationLine(Recorded):
+    """What readers use of a validation's line in metrics.jsonl."""
+
+    step: Count
+    loss: float | None
+    bits_per_byte: float | None = None
+
+
+_LINES: dict[str, type[Recorded]] = {"train": TrainingLine, "val": ValidationLine}
 
 
 class RunDirectory:
@@ -96,7 +149,7 @@ class RunDirectory:
         self.close()
         raw = path.read_bytes()
         lines = raw.split(b"\n")[:-1]
-        kept = [line for line in lines if _step_of_line(line, step)]
+        kept = [line for line in lines if _is_up_to(line, step)]
         if len(kept) != len(lines) or not raw.endswith(b"\n"):
             storage.write_file(path, b"".join(line + b"\n" for line in kept))
 
@@ -126,12 +179,26 @@ def opened(path: str | os.PathLike[str], *, lock: bool = True) -> Iterator[RunDi
 
 
 def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last line is left out."""
-    return storage.read_json_lines(Path(run) / METRICS)
+    """The lines of a run's metrics.jsonl, each checked; a torn last line is left out, as are lines of other kinds."""
+    path = Path(run) / METRICS
+    lines = []
+    for number, line in enumerate(storage.read_json_lines(path), 1):
+        kind = line.get("kind")
+        if isinstance(kind, str) and kind in _LINES:
+            as_record(_LINES[kind], line, f"{path}:{number}")
+            lines.append(line)
+    return lines
 
 
-def _step_of_line(line: bytes, last: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= last
-    except (ValueError, KeyError, TypeError):
-        return False
+def read_start(run: str | os.PathLike[str]) -> Start:
+    """How a run began, as its run.jsonl tells."""
+    path = Path(run) / EVENTS
+    events = storage.read_json_lines(path)
+    last: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "start"), {})
+    return as_record(Start, last, f"{path}: the event 'start'")
+
+
+def _is_up_to(line: bytes, last: int) -> bool:
+    value = storage.json_line(line)
+    step = value.get("step") if value is not None else None
+    return isinstance(step, int) and step <= last

@@ -111,5 +111,5 @@ def test_what_a_stream_cannot_do_is_said(source: Path, tmp_path: Path) -> None:
     config = TokenizeConfig(paths=(str(tmp_path / "empty.jsonl"),), tokenizer="byte")
     with TextStream.open(config, tmp_path / "b", context_length=8) as made, pytest.raises(LmError, match="No text"):
         made.batch(0, 1)
-    with pytest.raises(LmError, match="not the state"):
+    with pytest.raises(LmError, match="state of a text stream: nonsense"):
         made.load_state({"nonsense": 1})

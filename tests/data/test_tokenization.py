@@ -436,7 +436,7 @@ def test_what_cannot_be_cut_is_said(small: Path, tmp_path: Path) -> None:
     with pytest.raises(LmError, match=r"at most 1 parts: at files, at row groups of parquet, and every 8 MiB of JSONL"):
         tokenize(config(tmp_path / "a.jsonl", small, part=1, parts=2), tmp_path / "x")
     assert not (tmp_path / "x" / "plan.json").exists()
-    with pytest.raises(ValueError, match="a part knows nothing of the documents of the others"):
+    with pytest.raises(LmError, match="a part knows nothing of the documents of the others"):
         config(tmp_path / "a.jsonl", small, part=1, parts=2, dedup=True)
 
 

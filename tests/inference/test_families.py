@@ -334,7 +334,7 @@ def test_a_model_without_tokenizer_is_exported_without_one(run: Path, tmp_path: 
     loaded = load_model(run, device="cpu")
     state = loaded.state | {"tokenizer_sha256": None}
     weights = model_tensors(loaded.model)
-    save(tmp_path / "checkpoints", Snapshot(5, weights, {}, state, loaded.config.to_yaml().encode(), None))
+    save(tmp_path / "checkpoints", Snapshot(3, weights, {}, state, loaded.config.to_yaml().encode(), None))
     export_model(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert import_model(tmp_path / "out", tmp_path / "again").tokenizer is None
