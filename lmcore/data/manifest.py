@@ -100,7 +100,7 @@ class _Filters(Recorded):
 class _Split(Recorded):
     """What readers use of `split`."""
 
-    by: str
+    by: str | None = None
     parent: str | None = None
     view: str | None = None
     leakage: str | None = None

@@ -719,7 +719,7 @@ def _check_common_documents(path: Path, parent: Manifest, views: list[tuple[Path
         if hashes is None:
             return
         sides.append(hashes)
-    cut = any(view.split and view.split["by"] == "rows" for _, view in views)
+    cut = any(view.split and view.split.get("by") == "rows" for _, view in views)
     for a in range(len(views)):
         for b in range(a + 1, len(views)):
             common = len(np.intersect1d(sides[a], sides[b], assume_unique=True))
