@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from lmcore.data.text_bytes import Places, TextBytes, text_bytes
+from lmcore.data.tokenizer import Tokenizer
 from lmcore.errors import Exit, LmError
 from lmcore.inference.decode import Decoder
 from lmcore.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from lmcore.data.stream import TokenStream
-    from lmcore.data.tokenizer import Tokenizer
     from lmcore.model.model import LanguageModel
     from lmcore.training.checkpoint import LoadedModel
 
@@ -227,8 +227,6 @@ def refuse_other_tokenizer(loaded: LoadedModel, stream: TokenStream) -> None:
 
 def _gives_the_ids_of(own: Tokenizer, stream: TokenStream) -> bool:
     """Whether the tokenizers differ in what they put around a text alone, as that of an export may."""
-    from lmcore.data.tokenizer import Tokenizer
-
     if stream.tokenizer_path is None:
         return False
     other = Tokenizer.from_file(stream.tokenizer_path).definition
